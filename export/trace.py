@@ -193,13 +193,13 @@ def trace(config: transformers.PretrainedConfig) -> ir.Model:
     transformers.AttentionInterface.register(ATTENTION_NAME, _attention)
     transformers.AttentionMaskInterface.register(ATTENTION_NAME, _mask)
     config._attn_implementation = ATTENTION_NAME
-    config.dtype = dtype
+    config.dtype = torch.float32
     layers = config.num_hidden_layers
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     past_names = [f"past_key_values.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    with _quiet(), _default_dtype(dtype), torch.no_grad():
+    with _quiet(), _default_dtype(torch.float32), torch.no_grad():
         model = _fake_model(config, mode)
         with mode if mode else nullcontext():
             total = _SEQUENCE + _PAST
@@ -209,7 +209,7 @@ def trace(config: transformers.PretrainedConfig) -> ir.Model:
                     torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long),
                     torch.ones(_BATCH, total, dtype=torch.long),
                     torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long),
-                    [torch.zeros(_BATCH, heads, _PAST, head_dim, dtype=dtype) for _ in past_names],
+                    [torch.zeros(_BATCH, heads, _PAST, head_dim) for _ in past_names],
                 ),
                 dynamo=True,
                 dynamic_shapes=(

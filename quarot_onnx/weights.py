@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lazy weights: passes compose float64 transforms, the writer computes each value once.
+
+A `Weight` is an ONNX tensor that knows where its numbers come from and which steps were composed on
+it. Nothing is read until the tensor is written; then it is computed in float64, in blocks where its
+steps allow, and rounded once to its dtype.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from quarot_onnx.errors import InputError
+
+Float64 = NDArray[np.float64]
+
+_BLOCK_ELEMENTS = 1 << 24  # 128 MB of float64
+
+
+class Source(Protocol):
+    """Where a weight's numbers come from: a checkpoint tensor, or another weight."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in ONNX layout."""
+
+    def read(self, index: tuple[slice, ...]) -> Float64:
+        """The numbers at `index`, one slice per axis, as float64.
+
+        Raises:
+            InputError: the file is damaged or holds a number that is not finite.
+        """
+
+
+@dataclass(frozen=True)
+class Step:
+    """One transform of a weight.
+
+    Attributes:
+        axis: the only axis along which `apply` mixes or scales entries.
+        apply: maps an array that is whole along `axis` to one of the same shape.
+    """
+
+    axis: int
+    apply: Callable[[Float64], Float64]
+
+
+class Weight(ir.TensorProtocol):
+    """A weight that is computed when it is written.
+
+    Shapes are in ONNX layout: a linear's weight is [in_features, out_features], so axis 0 is its input
+    side and axis 1 its output side; an embedding is [vocabulary, hidden_size]; a bias or a norm scale
+    is [features].
+    """
+
+    def __init__(self, name: str, source: Source, dtype: ir.DataType) -> None:
+        self.name = name
+        self.doc_string = None
+        self.raw = source
+        self.metadata_props: dict[str, str] = {}
+        self.meta: dict[str, Any] = {}
+        self._source = source
+        self._dtype = dtype
+        self._steps: list[Step] = []
+
+    @property
+    def shape(self) -> ir.Shape:
+        """The shape, known without reading."""
+        return ir.Shape(self._source.shape)
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """The float dtype in which it will be stored."""
+        return self._dtype
+
+    @property
+    def size(self) -> int:
+        """The number of entries."""
+        return int(np.prod(self._source.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes when stored."""
+        return int(self.size * self._dtype.itemsize)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What has been composed so far, first to last."""
+        return tuple(self._steps)
+
+    def compose(self, axis: int, apply: Callable[[Float64], Float64]) -> None:
+        """Transform the weight along `axis` after everything composed before."""
+        self._steps.append(Step(axis, apply))
+
+    def derive(self, name: str) -> "Weight":
+        """A weight of its own that starts as this one is now."""
+        copy = Weight(name, self._source, self._dtype)
+        copy._steps = list(self._steps)
+        return copy
+
+    def free_axis(self) -> int | None:
+        """An axis along which blocks are independent of each other; None where every axis is mixed."""
+        mixed = {step.axis % len(self.shape) for step in self._steps}
+        free = [axis for axis in range(len(self.shape)) if axis not in mixed]
+        return free[-1] if free else None
+
+    def blocks(self) -> Iterator[tuple[tuple[slice, ...], Float64]]:
+        """The finished float64 values, block by block, as (index, values)."""
+        sizes = [int(n) for n in self._source.shape]
+        index = [slice(0, n) for n in sizes]
+        axis = self.free_axis()
+        if axis is None:
+            yield tuple(index), self._compute(tuple(index))
+            return
+        others = int(np.prod(sizes)) // max(sizes[axis], 1)
+        step = max(_BLOCK_ELEMENTS // max(others, 1) // 2 * 2, 2)  # even: 4-bit codes share bytes
+        for start in range(0, sizes[axis], step):
+            index[axis] = slice(start, min(start + step, sizes[axis]))
+            yield tuple(index), self._compute(tuple(index))
+
+    def _compute(self, index: tuple[slice, ...]) -> Float64:
+        values = self._source.read(index)
+        for step in self._steps:
+            values = step.apply(values)
+        return values
+
+    def float64(self) -> Float64:
+        """The whole weight, unrounded."""
+        result = np.empty(self._source.shape, dtype=np.float64)
+        for index, values in self.blocks():
+            result[index] = values
+        return result
+
+    def _rounded(self, values: Float64) -> NDArray[Any]:
+        dtype = self._dtype.numpy()
+        with np.errstate(over="ignore"):
+            rounded: NDArray[Any] = values.astype(dtype)
+        if self._dtype == ir.DataType.FLOAT16 and not np.isfinite(rounded).all():
+            raise InputError(
+                f"{self.name}: max|value| = {np.abs(values).max():.3g} overflows float16; "
+                "export with --dtype float32 or bfloat16"
+            )
+        return rounded
+
+    def numpy(self) -> NDArray[Any]:
+        """The whole weight in its dtype."""
+        result = np.empty(self._source.shape, dtype=self._dtype.numpy())
+        for index, values in self.blocks():
+            result[index] = self._rounded(values)
+        return result
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return self.numpy() if dtype is None else self.numpy().astype(dtype)
+
+    def __dlpack__(self, *, stream: Any = None) -> Any:
+        return self.numpy().__dlpack__(stream=stream)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.numpy().__dlpack_device__()
+
+    def tobytes(self) -> bytes:
+        """The bytes that `tofile` writes."""
+        return self.numpy().tobytes()
+
+    def tofile(self, file: Any) -> None:
+        """Write the bytes at the file's position without holding the whole weight in memory."""
+        if not isinstance(file, io.BufferedWriter) or self.nbytes < _BLOCK_ELEMENTS:
+            file.write(self.tobytes())
+            return
+        file.flush()
+        start = file.tell()
+        rows, *rest = (int(n) for n in self._source.shape)
+        row_bytes = int(np.prod(rest)) * self._dtype.itemsize
+        os.truncate(file.fileno(), start + self.nbytes)
+        for index, values in self.blocks():
+            rounded = self._rounded(values)
+            first, offset = index[0].start, (index[1].start if rest else 0) * self._dtype.itemsize
+            if len(rounded) == rows and rest and rounded.shape[1] != rest[0]:
+                for row in range(rows):  # a column block: one strided piece of each row
+                    piece = np.ascontiguousarray(rounded[row])
+                    os.pwrite(file.fileno(), piece.tobytes(), start + row * row_bytes + offset)
+            else:
+                os.pwrite(file.fileno(), rounded.tobytes(), start + first * row_bytes)
+        file.seek(start + self.nbytes)
+
+
+class ArraySource:
+    """A source that is an array in memory; for tests and for values computed by a pass."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self._array = array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        return self._array.shape
+
+    def read(self, index: tuple[slice, ...]) -> Float64:
+        """A float64 copy of the part at `index`."""
+        return self._array[index].astype(np.float64)
