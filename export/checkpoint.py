@@ -73,6 +73,7 @@ class Checkpoint:
     Attributes:
         directory: the directory.
         config: the content of ``config.json``.
+        files: the weight files.
         tensors: every tensor by the name it has on disk.
     """
 
@@ -87,8 +88,9 @@ class Checkpoint:
             raise InputError(f"{directory}: no such directory; give a Hugging Face model directory")
         self.directory = directory
         self.config = _config(directory)
+        self.files = self._files()
         self.tensors: dict[str, TensorEntry] = {}
-        for file in self._files():
+        for file in self.files:
             for entry in _header(file):
                 if entry.name in self.tensors:
                     raise InputError(

@@ -13,7 +13,7 @@ and ``quarot::KvAttention``, which every model calls after RoPE with un-repeated
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
@@ -138,15 +138,13 @@ def _fake_model(config: transformers.PretrainedConfig, mode: FakeTensorMode) -> 
     """The model of `config` with fake parameters and real buffers (RoPE tables)."""
     with init_empty_weights(include_buffers=False):
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    fakes: dict[int, torch.nn.Parameter] = {}  # by identity: tied parameters stay tied
     with mode:
         for module in model.modules():
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None:
-                    if id(parameter) not in fakes:
-                        empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                        fakes[id(parameter)] = torch.nn.Parameter(empty, requires_grad=False)
-                    module._parameters[name] = fakes[id(parameter)]
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
+        model.tie_weights()  # making parameters fake one by one untied them
     return model
 
 
@@ -201,7 +199,7 @@ def trace(config: transformers.PretrainedConfig) -> ir.Model:
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     with _quiet(), _default_dtype(torch.float32), torch.no_grad():
         model = _fake_model(config, mode)
-        with mode if mode else nullcontext():
+        with mode:
             total = _SEQUENCE + _PAST
             program = torch.onnx.export(
                 _FlatCache(model),

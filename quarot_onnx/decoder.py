@@ -10,8 +10,7 @@ A handle reads its node live, so it stays true while passes rewrite the graph ar
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
@@ -31,17 +30,20 @@ def weight_of(value: ir.Value | None) -> Weight | None:
     return held if isinstance(held, Weight) else None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Linear:
     """``y = x @ W (+ bias)``: a MatMul whose weight is an unshared initializer.
 
-    Constructing one is the proof; `weight` is [in_features, out_features].
+    Constructing one is the proof; `weight` is [in_features, out_features]. Passes that quantize it put
+    another node in its place with `replace`; the handle, its weight and its sizes stay.
 
     Raises:
         UnsupportedModelError: the weight is not an initializer, or another node reads it too.
     """
 
     node: ir.Node
+    weight: Weight = field(init=False)
+    _bias_node: ir.Node | None = field(init=False)
 
     def __post_init__(self) -> None:
         value = self.node.inputs[1] if len(self.node.inputs) > 1 else None
@@ -55,11 +57,20 @@ class Linear:
             raise UnsupportedModelError(
                 f"{self.node.name}: weight {value.name} is read by {readers}; it must be unshared"
             )
+        weight = weight_of(value)
+        assert weight is not None
+        self.weight = weight
+        self._bias_node = self._find_bias()
 
     @property
     def name(self) -> str:
         """The node's name, which is the module path."""
         return self.node.name or ""
+
+    @property
+    def module(self) -> str:
+        """The name without the operator: ``/model/layers.0/mlp/down_proj``."""
+        return self.name.rpartition("/")[0]
 
     @property
     def x(self) -> ir.Value:
@@ -75,13 +86,6 @@ class Linear:
         assert value is not None
         return value
 
-    @cached_property
-    def weight(self) -> Weight:
-        """The lazy weight, [in_features, out_features]."""
-        weight = weight_of(self.weight_value)
-        assert weight is not None
-        return weight
-
     @property
     def in_features(self) -> int:
         """Rows of the weight."""
@@ -92,8 +96,7 @@ class Linear:
         """Columns of the weight."""
         return int(self.weight.shape[1])
 
-    @cached_property
-    def _bias_node(self) -> ir.Node | None:
+    def _find_bias(self) -> ir.Node | None:
         uses = self.node.outputs[0].uses()
         if len(uses) != 1:
             return None
@@ -113,6 +116,15 @@ class Linear:
     def output(self) -> ir.Value:
         """The output with the bias added."""
         return (self._bias_node or self.node).outputs[0]
+
+    def replace(self, graph: ir.Graph, node: ir.Node) -> None:
+        """Let `node`, which computes the same product, take this linear's place in `graph`."""
+        old, new = self.node.outputs[0], node.outputs[0]
+        new.type, new.shape = old.type, old.shape
+        graph.insert_before(self.node, node)
+        old.replace_all_uses_with(new)
+        graph.remove(self.node, safe=True)
+        self.node = node
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from quarot_onnx.errors import InputError
 
 Float64 = NDArray[np.float64]
 
-_BLOCK_ELEMENTS = 1 << 24  # 128 MB of float64
+_BLOCK_ELEMENTS = 1 << 22  # 32 MB of float64
 
 
 class Source(Protocol):
@@ -116,15 +117,16 @@ class Weight(ir.TensorProtocol):
         index = [slice(0, n) for n in sizes]
         axis = self.free_axis()
         if axis is None:
-            yield tuple(index), self._compute(tuple(index))
+            yield tuple(index), self.read(tuple(index))
             return
         others = int(np.prod(sizes)) // max(sizes[axis], 1)
         step = max(_BLOCK_ELEMENTS // max(others, 1) // 2 * 2, 2)  # even: 4-bit codes share bytes
         for start in range(0, sizes[axis], step):
             index[axis] = slice(start, min(start + step, sizes[axis]))
-            yield tuple(index), self._compute(tuple(index))
+            yield tuple(index), self.read(tuple(index))
 
-    def _compute(self, index: tuple[slice, ...]) -> Float64:
+    def read(self, index: tuple[slice, ...]) -> Float64:
+        """The unrounded values at `index`, which is whole along every axis that a step mixes."""
         values = self._source.read(index)
         for step in self._steps:
             values = step.apply(values)
@@ -188,6 +190,54 @@ class Weight(ir.TensorProtocol):
             else:
                 os.pwrite(file.fileno(), rounded.tobytes(), start + first * row_bytes)
         file.seek(start + self.nbytes)
+
+
+Quantizer = Callable[[Float64], tuple[NDArray[np.int8], NDArray[np.float32]]]
+"""Codes [in_features, n] and scales [n] of n output channels [in_features, n]."""
+
+
+class QuantizedWeight:
+    """Codes and scales of a weight, computed together when the codes are written.
+
+    Attributes:
+        codes: an INT4 or INT8 tensor [in_features, out_features] with the weight's name.
+        scale: a float32 tensor [out_features] named ``<weight>_scale``; written after the codes.
+    """
+
+    def __init__(self, weight: Weight, quantizer: Quantizer, dtype: ir.DataType) -> None:
+        self._weight = weight
+        self._quantizer = quantizer
+        self._scale: NDArray[np.float32] | None = None
+        self.codes = ir.LazyTensor(
+            self._compute_codes, dtype=dtype, shape=weight.shape, name=weight.name
+        )
+        self.scale = ir.LazyTensor(
+            self._take_scale,
+            dtype=ir.DataType.FLOAT,
+            shape=ir.Shape([weight.shape[1]]),
+            name=f"{weight.name}_scale",
+        )
+
+    def _compute_codes(self) -> ir.TensorProtocol:
+        in_features, out_features = (int(n) for n in self._weight.shape)
+        codes = np.empty((in_features, out_features), dtype=np.int8)
+        scale = np.empty(out_features, dtype=np.float32)
+        blocks = (
+            self._weight.blocks()
+            if self._weight.free_axis() == 1
+            else [((slice(None), slice(None)), self._weight.float64())]
+        )
+        for (_, columns), values in blocks:
+            codes[:, columns], scale[columns] = self._quantizer(values)
+        self._scale = scale
+        if self.codes.dtype == ir.DataType.INT4:
+            return ir.tensor(codes.astype(ml_dtypes.int4), name=self.codes.name)
+        return ir.tensor(codes, name=self.codes.name)
+
+    def _take_scale(self) -> ir.TensorProtocol:
+        if self._scale is None:
+            self._compute_codes()
+        return ir.tensor(self._scale, name=self.scale.name)
 
 
 class ArraySource:
