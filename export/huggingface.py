@@ -30,6 +30,9 @@ COMPANIONS = (
 """Files that travel with an artifact unchanged, where the model has them."""
 
 
+_TIED_PAIR = ("model.embed_tokens.weight", "lm_head.weight")
+
+
 def onnx_from_huggingface(checkpoint: Checkpoint, dtype: ir.DataType) -> ir.Model:
     """The float ONNX model of `checkpoint`.
 
@@ -47,6 +50,8 @@ def onnx_from_huggingface(checkpoint: Checkpoint, dtype: ir.DataType) -> ir.Mode
     from quarot_onnx.export.trace import trace  # noqa: PLC0415  # imports torch
 
     config = load_config(checkpoint.directory, checkpoint.config)
+    if config.tie_word_embeddings and not checkpoint.are_equal(*_TIED_PAIR):
+        config.tie_word_embeddings = False  # transformers, too, uses both where both are given
     reduced, kinds = shallow(config)
     model = trace(reduced)
     canonicalize(model)
@@ -65,11 +70,14 @@ def onnx_from_huggingface(checkpoint: Checkpoint, dtype: ir.DataType) -> ir.Mode
 
 
 def _bind_weights(model: ir.Model, checkpoint: Checkpoint, dtype: ir.DataType) -> None:
+    from quarot_onnx.export.trace import TIED  # noqa: PLC0415  # imports torch
+
     for name, value in model.graph.initializers.items():
         transposed = value.metadata_props.pop(TRANSPOSED, None) is not None
         if value.const_value is not None:
             continue
-        entry = checkpoint.tensor(name)
+        tied = value.metadata_props.pop(TIED, None)
+        entry = checkpoint.tensor(tied if tied in checkpoint.tensors else name)
         check_float(entry)
         source = CheckpointSource(entry, transposed)
         assert value.shape is not None

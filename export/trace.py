@@ -12,7 +12,7 @@ and ``quarot::KvAttention``, which every model calls after RoPE with un-repeated
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,9 @@ from quarot_onnx.errors import UnsupportedModelError
 
 OPSET = 23  # 24 loses RMSNormalization and RotaryEmbedding, 27 does not load in ONNX Runtime
 MARKER_DOMAIN = "quarot"
+TIED = "quarot.tied"
+"""Initializer metadata: the name of the other parameter that it is tied to."""
+
 ATTENTION_NAME = "quarot_marker"
 
 # Sizes of the example inputs: none is 0 or 1, which torch.export would specialize.
@@ -229,7 +232,7 @@ def trace(config: transformers.PretrainedConfig) -> ir.Model:
         _hide_weights(traced)
         onnxscript.optimizer.optimize(traced)
         onnx_fusions.fuse(traced)
-        _restore_weights(traced)
+        _restore_weights(traced, model.get_expanded_tied_weights_keys(all_submodels=True))
     return traced
 
 
@@ -244,8 +247,12 @@ def _hide_weights(model: ir.Model) -> None:
             model.graph.inputs.append(value)
 
 
-def _restore_weights(model: ir.Model) -> None:
+def _restore_weights(model: ir.Model, tied: Mapping[str, str]) -> None:
+    """Undo `_hide_weights`; a tied parameter gets the name of its source, not of its last user."""
     for value in [v for v in model.graph.inputs if "quarot.weight" in v.metadata_props]:
         model.graph.inputs.remove(value)
-        value.name = value.metadata_props.pop("quarot.weight").removeprefix("model.")
+        name = value.metadata_props.pop("quarot.weight").removeprefix("model.")
+        if name in tied:
+            value.metadata_props[TIED] = name
+        value.name = tied.get(name, name)
         model.graph.initializers[value.name] = value
