@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face model directory: its configuration and its weights, checked before they are trusted.
+"""A Hugging Face model directory: configuration and weights, checked before they are trusted.
 
-Weights are read from ``.safetensors`` files, one or many with an index, through memory maps. Headers
-are verified here (extents, dtypes, shapes), so that a truncated download or an error page saved under
-a model's name is named as such instead of surfacing deep in a run.
+Weights are read from ``.safetensors`` files, one or many with an index, through memory maps.
+Headers are verified here (extents, dtypes, shapes), so that a truncated download or an error page
+saved under a model's name is named as such instead of surfacing deep in a run.
 """
 
 import json
@@ -58,7 +58,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; give a complete model directory") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text at byte {error.start}; download it again") from error
+        raise InputError(
+            f"{path}: not UTF-8 text at byte {error.start}; download it again"
+        ) from error
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path}:{error.lineno}:{error.colno}: not JSON ({error.msg}); download it again"
@@ -82,7 +84,8 @@ class Checkpoint:
 
         Raises:
             InputError: something is missing or damaged; names the file and the tensor.
-            UnsupportedModelError: pickled or already quantized weights, or code that would have to run.
+            UnsupportedModelError: pickled or already quantized weights, or code that would have to
+            run.
         """
         if not directory.is_dir():
             raise InputError(f"{directory}: no such directory; give a Hugging Face model directory")
@@ -94,8 +97,8 @@ class Checkpoint:
             for entry in _header(file):
                 if entry.name in self.tensors:
                     raise InputError(
-                        f"{file}: tensor {entry.name} is also in {self.tensors[entry.name].file.name}; "
-                        "download the model again"
+                        f"{file}: tensor {entry.name} is also in "
+                        f"{self.tensors[entry.name].file.name}; download the model again"
                     )
                 self.tensors[entry.name] = entry
         self._check_index()
@@ -106,7 +109,9 @@ class Checkpoint:
             names = sorted(set(_weight_map(index).values()))
             for name in names:
                 if Path(name).name != name:
-                    raise InputError(f"{index}: shard {name!r} is not a plain file name; refuse the file")
+                    raise InputError(
+                        f"{index}: shard {name!r} is not a plain file name; refuse the file"
+                    )
                 if not (self.directory / name).exists():
                     held = [t for t, shard in _weight_map(index).items() if shard == name]
                     raise InputError(
@@ -129,7 +134,9 @@ class Checkpoint:
         if index.exists():
             for tensor, shard in _weight_map(index).items():
                 if tensor not in self.tensors or self.tensors[tensor].file.name != shard:
-                    raise InputError(f"{index}: tensor {tensor} is not in {shard}; download it again")
+                    raise InputError(
+                        f"{index}: tensor {tensor} is not in {shard}; download it again"
+                    )
 
     def tensor(self, name: str) -> TensorEntry:
         """The entry of `name`.
@@ -218,8 +225,10 @@ def _config(directory: Path) -> dict[str, Any]:
 def _weight_map(index: Path) -> Mapping[str, str]:
     content = read_json(index)
     mapping = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(mapping, dict) or not mapping or not all(
-        isinstance(v, str) for v in mapping.values()
+    if (
+        not isinstance(mapping, dict)
+        or not mapping
+        or not all(isinstance(v, str) for v in mapping.values())
     ):
         raise InputError(f"{index}: has no weight_map; download it again")
     return mapping
@@ -241,8 +250,8 @@ def _header(file: Path) -> list[TensorEntry]:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
             raise InputError(
-                f"{file}: header of {length} bytes in a file of {size}; the file is truncated or not "
-                "safetensors, download it again"
+                f"{file}: header of {length} bytes in a file of {size}; the file is truncated or "
+                "not safetensors, download it again"
             )
         try:
             header = json.loads(stream.read(length).decode("utf-8"))
@@ -267,8 +276,8 @@ def _entry(file: Path, name: str, value: dict[str, Any], base: int) -> TensorEnt
         expected = int(np.prod(shape, dtype=object)) * np.dtype(_DTYPES[dtype]).itemsize
         if min((first, *shape)) < 0 or last - first != expected:
             raise InputError(
-                f"{file}: tensor {name} has {last - first} bytes where shape {list(shape)} of {dtype} "
-                f"needs {expected}; download it again"
+                f"{file}: tensor {name} has {last - first} bytes where shape {list(shape)} of "
+                f"{dtype} needs {expected}; download it again"
             )
     return TensorEntry(file, name, dtype, shape, base + first, base + last)
 

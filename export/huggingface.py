@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a Hugging Face directory to a float ONNX model with lazy weights."""
 
-from pathlib import Path
-
 import onnx_ir as ir
 
 from quarot_onnx.errors import InputError
@@ -84,8 +82,8 @@ def _bind_weights(model: ir.Model, checkpoint: Checkpoint, dtype: ir.DataType) -
         if tuple(source.shape) != tuple(value.shape):
             expected = list(value.shape)[::-1] if transposed else list(value.shape)
             raise InputError(
-                f"{entry.file}: tensor {name} has shape {list(entry.shape)} where config.json implies "
-                f"{expected}; the two do not belong together"
+                f"{entry.file}: tensor {name} has shape {list(entry.shape)} where config.json "
+                f"implies {expected}; the two do not belong together"
             )
         value.const_value = Weight(name, source, dtype)
         value.type = ir.TensorType(dtype)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From markers to standard ONNX: the float model that every later stage starts from.
 
-``KvAppend(past, new)`` becomes ``Concat`` along tokens, ``KvAttention`` becomes opset 23's ``Attention``
-with a boolean mask, and the float parts get the dtype that was asked for.
+``KvAppend(past, new)`` becomes ``Concat`` along tokens, ``KvAttention`` becomes opset 23's
+``Attention`` with a boolean mask, and the float parts get the dtype that was asked for.
 """
 
 import onnx_ir as ir
@@ -53,7 +53,10 @@ def set_float_dtype(model: ir.Model, dtype: ir.DataType) -> None:
         if node.op_type in ("Cos", "Sin"):
             cast = ir.node("Cast", [node.outputs[0]], {"to": dtype})
             cast.metadata_props.update(node.metadata_props)
-            cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(dtype), node.outputs[0].shape
+            cast.outputs[0].type, cast.outputs[0].shape = (
+                ir.TensorType(dtype),
+                node.outputs[0].shape,
+            )
             node.outputs[0].replace_all_uses_with(cast.outputs[0])
             cast.replace_input_with(0, node.outputs[0])
             model.graph.insert_after(node, cast)

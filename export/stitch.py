@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the traced graph of a few layers to the graph of all of them.
 
-Three steps, each valid ONNX in and out: `canonicalize` gives weights the ONNX layout and nodes their
-Hugging Face module path, `stitch` clones the layers to full depth, `assign_names` names everything
-after its module (``/model/layers.3/mlp/down_proj/MatMul``) and drops the exporter's metadata.
+Three steps, each valid ONNX in and out: `canonicalize` gives weights the ONNX layout and nodes
+their Hugging Face module path, `stitch` clones the layers to full depth, `assign_names` names
+everything after its module (``/model/layers.3/mlp/down_proj/MatMul``) and drops the exporter's
+metadata.
 """
 
 import ast
@@ -26,7 +27,7 @@ _LAYER = re.compile(r"\.layers\.(\d+)(?=\.|$)")
 
 
 def canonicalize(model: ir.Model) -> None:
-    """Stamp modules, turn ``Transpose(W) -> MatMul`` into ``MatMul`` of a [in, out] initializer, share.
+    """Stamp modules, turn ``Transpose(W) -> MatMul`` into ``MatMul`` of [in, out], share.
 
     A weight with another reader (tied embeddings) keeps its Transpose.
     """
@@ -69,7 +70,7 @@ def _in_layer(name: str, index: int) -> str:
 
 
 def stitch(model: ir.Model, kinds: Sequence[int]) -> None:
-    """Replace the traced layers by ``len(kinds)`` layers, layer i a clone of traced layer ``kinds[i]``.
+    """Replace the traced layers by ``len(kinds)`` clones, layer i one of traced ``kinds[i]``.
 
     A layer is what computes in its module and depends on the hidden state or on the cache; what it
     shares with others (RoPE angles, the mask, shapes) stays outside. It takes one hidden state and
@@ -192,9 +193,7 @@ def _depends_on_embedding(value: ir.Value) -> bool:
 class _Clone:
     """A copy of a layer's nodes for layer `index`, with its own weights and cache tensors."""
 
-    def __init__(
-        self, body: list[ir.Node], mapping: dict[ir.Value, ir.Value], index: int
-    ) -> None:
+    def __init__(self, body: list[ir.Node], mapping: dict[ir.Value, ir.Value], index: int) -> None:
         self.mapping = mapping
         self.nodes: list[ir.Node] = []
         self.weights: list[ir.Value] = []

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trace a Hugging Face decoder with fake weights, one layer of each kind.
 
-No weight is read: parameters are fake tensors, so a 70B configuration traces as fast as a small one.
-Three hooks turn what differs between modelling files into two marker operators, ``quarot::KvAppend``
-and ``quarot::KvAttention``, which every model calls after RoPE with un-repeated K and V:
+No weight is read: parameters are fake tensors, so a 70B configuration traces as fast as a small
+one. Three hooks turn what differs between modelling files into two marker operators,
+``quarot::KvAppend`` and ``quarot::KvAttention``, which every model calls after RoPE with
+un-repeated K and V:
 
 * the attention interface emits ``KvAttention(q, k, v, mask)``,
 * the cache layer's ``update`` emits ``KvAppend(past, new)``,
@@ -41,7 +42,9 @@ ATTENTION_NAME = "quarot_marker"
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
 
 
-def _marker(op: str, inputs: list[torch.Tensor], attributes: dict[str, Any], shape: list[Any]) -> Any:
+def _marker(
+    op: str, inputs: list[torch.Tensor], attributes: dict[str, Any], shape: list[Any]
+) -> Any:
     return torch.onnx.ops.symbolic(
         f"{MARKER_DOMAIN}::{op}", inputs, attributes, dtype=inputs[-1].dtype, shape=shape, version=1
     )
@@ -88,11 +91,11 @@ def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     return mask
 
 
-class _MarkerLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped here
+class _MarkerLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # untyped in transformers
     """A cache layer whose update is one marker per tensor; past and present [B, Hkv, P|T, D]."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values = keys, values
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
@@ -100,15 +103,20 @@ class _MarkerLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyp
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        def append(past: torch.Tensor, new: torch.Tensor, kind: str) -> Any:
+        def append(past: torch.Tensor | None, new: torch.Tensor, kind: str) -> Any:
+            assert past is not None
             batch, heads, length, size = new.shape
             return _marker(
-                "KvAppend", [past, new], {"kind": kind}, [batch, heads, past.shape[2] + length, size]
+                "KvAppend",
+                [past, new],
+                {"kind": kind},
+                [batch, heads, past.shape[2] + length, size],
             )
 
-        self.keys = append(self.keys, key_states, "key")
-        self.values = append(self.values, value_states, "value")
-        return self.keys, self.values
+        keys = append(self.keys, key_states, "key")
+        values = append(self.values, value_states, "value")
+        self.keys, self.values = keys, values
+        return keys, values
 
 
 class _FlatCache(torch.nn.Module):
@@ -124,9 +132,12 @@ class _FlatCache(torch.nn.Module):
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
         past: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, ...]:
-        cache = DynamicCache()  # without a config: sliding layers keep the whole cache, the mask slides
-        cache.layers = [_MarkerLayer(*past[i : i + 2]) for i in range(0, len(past), 2)]
+    ) -> tuple[Any, ...]:
+        cache = (
+            DynamicCache()
+        )  # without a config: sliding layers keep the whole cache, the mask slides
+        layers = [_MarkerLayer(*past[i : i + 2]) for i in range(0, len(past), 2)]
+        cache.layers = list(layers)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -134,13 +145,14 @@ class _FlatCache(torch.nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        return (output.logits, *(t for layer in cache.layers for t in (layer.keys, layer.values)))
+        return (output.logits, *(t for layer in layers for t in (layer.keys, layer.values)))
 
 
-def _fake_model(config: transformers.PretrainedConfig, mode: FakeTensorMode) -> torch.nn.Module:
+def _fake_model(config: transformers.PretrainedConfig, mode: FakeTensorMode) -> Any:
     """The model of `config` with fake parameters and real buffers (RoPE tables)."""
     with init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model.eval()
     with mode:
         for module in model.modules():
             for name, parameter in list(module._parameters.items()):
@@ -185,8 +197,8 @@ def trace(config: transformers.PretrainedConfig) -> ir.Model:
         dtype: the dtype of the float parts; float tensors of the model are created in it.
 
     Returns:
-        A model whose weight initializers have no value (``const_value is None``), HF parameter names,
-        and the exporter's metadata on each node.
+        A model whose weight initializers have no value (``const_value is None``), HF parameter
+        names, and the exporter's metadata on each node.
 
     Raises:
         UnsupportedModelError: the modelling code takes part in none of the hooks.
@@ -220,7 +232,10 @@ def trace(config: transformers.PretrainedConfig) -> ir.Model:
                     [{0: "batch_size", 2: "past_sequence_length"} for _ in past_names],
                 ),
                 input_names=["input_ids", "attention_mask", "position_ids", *past_names],
-                output_names=["logits", *(n.replace("past_key_values", "present") for n in past_names)],
+                output_names=[
+                    "logits",
+                    *(n.replace("past_key_values", "present") for n in past_names),
+                ],
                 opset_version=OPSET,
                 custom_translation_table=_ONNX_TRANSLATION_TABLE,
                 optimize=False,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Artifact directories: written beside their place, published by one rename.
 
-An artifact holds ``model.onnx``, its weights in one file ``model.onnx_data``, the files that travel from
-the Hugging Face model, and ``manifest.json``: versions, the resolved recipe, the report of every pass
-and the sha256 of every file. A crash or a full disk leaves nothing under the final name.
+An artifact holds ``model.onnx``, its weights in one file ``model.onnx_data``, the files that travel
+from the Hugging Face model, and ``manifest.json``: versions, the resolved recipe, the report of
+every pass and the sha256 of every file. A crash or a full disk leaves nothing under the final name.
 """
 
 import errno
@@ -84,7 +84,9 @@ def _check_target(target: Path, *, force: bool) -> None:
 
 def _resource_error(error: OSError, target: Path) -> ResourceError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ResourceError(f"{target}: no space left while writing; free some or choose another disk")
+        return ResourceError(
+            f"{target}: no space left while writing; free some or choose another disk"
+        )
     where = error.filename or target
     return ResourceError(f"{where}: cannot be written ({error.strerror}); choose another directory")
 
@@ -110,7 +112,9 @@ def save_model(model: ir.Model, directory: Path, progress: Progress | None = Non
     The model keeps its lazy weights, so it can be saved again elsewhere.
     """
     values = [v for v in model.graph.initializers.values() if v.const_value is not None]
-    large = [v for v in values if v.const_value is not None and v.const_value.nbytes > _INLINE_BYTES]
+    large = [
+        v for v in values if v.const_value is not None and v.const_value.nbytes > _INLINE_BYTES
+    ]
     total = sum(v.const_value.nbytes for v in large if v.const_value is not None)
     external: list[tuple[ir.Value, ir.TensorProtocol]] = []
     with (directory / DATA).open("wb") as file:
@@ -160,7 +164,7 @@ def _external(
         offset,
         tensor.nbytes,
         tensor.dtype,
-        shape=tensor.shape if isinstance(tensor.shape, ir.Shape) else ir.Shape(tensor.shape),
+        shape=ir.Shape(tensor.shape.numpy()),
         name=value.name or "",
         base_dir=directory,
     )
@@ -200,7 +204,8 @@ def load_manifest(directory: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is damaged ({error}); export again") from error
     if version != FORMAT_VERSION:
         raise InputError(
-            f"{path}: format version {version!r}, this quarot-onnx reads {FORMAT_VERSION}; export again"
+            f"{path}: format version {version!r}, this quarot-onnx reads {FORMAT_VERSION}; "
+            "export again"
         )
     return dict(manifest)
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where things are in a decoder's graph: typed handles, located once by dataflow.
 
-`Decoder.locate` follows the residual stream from the embedding to the logits. Everything that touches
-it must be one of three things: a norm, whose output only linears read (*readers*), the output of a
-linear that is added to it (*writers*), or the final norm. Whatever else is found is refused by name,
-because a residual stream that is rotated in part is a wrong model that still talks.
+`Decoder.locate` follows the residual stream from the embedding to the logits. Everything that
+touches it must be one of three things: a norm, whose output only linears read (*readers*), the
+output of a linear that is added to it (*writers*), or the final norm. Whatever else is found is
+refused by name, because a residual stream that is rotated in part is a wrong model that still
+talks.
 
 A handle reads its node live, so it stays true while passes rewrite the graph around it.
 """
@@ -34,8 +35,8 @@ def weight_of(value: ir.Value | None) -> Weight | None:
 class Linear:
     """``y = x @ W (+ bias)``: a MatMul whose weight is an unshared initializer.
 
-    Constructing one is the proof; `weight` is [in_features, out_features]. Passes that quantize it put
-    another node in its place with `replace`; the handle, its weight and its sizes stay.
+    Constructing one is the proof; `weight` is [in_features, out_features]. Passes that quantize it
+    put another node in its place with `replace`; the handle, its weight and its sizes stay.
 
     Raises:
         UnsupportedModelError: the weight is not an initializer, or another node reads it too.
@@ -89,12 +90,12 @@ class Linear:
     @property
     def in_features(self) -> int:
         """Rows of the weight."""
-        return int(self.weight.shape[0])
+        return self.weight.sizes[0]
 
     @property
     def out_features(self) -> int:
         """Columns of the weight."""
-        return int(self.weight.shape[1])
+        return self.weight.sizes[1]
 
     def _find_bias(self) -> ir.Node | None:
         uses = self.node.outputs[0].uses()
@@ -298,7 +299,7 @@ class _ResidualStream:
         return stream
 
     def _step(self, state: ir.Value) -> ir.Value | None:
-        """Classify the readers of `state`; the next state of the stream, None after the last norm."""
+        """Classify the readers of `state`; give the next state, None after the last norm."""
         following: list[ir.Value] = []
         for node, _ in state.uses():
             if node.op_type == "RMSNormalization" and weight_of(node.inputs[1]) is not None:
@@ -309,12 +310,13 @@ class _ResidualStream:
                 following.append(node.outputs[0])
             else:
                 raise UnsupportedModelError(
-                    f"{node.name}: a {node.op_type} reads the residual stream, which only norms and "
-                    "additions may; this architecture is not supported"
+                    f"{node.name}: a {node.op_type} reads the residual stream, which only norms "
+                    "and additions may; this architecture is not supported"
                 )
         if len(following) > 1:
             raise UnsupportedModelError(
-                f"{following[1].name}: the residual stream branches; this architecture is not supported"
+                f"{following[1].name}: the residual stream branches; "
+                "this architecture is not supported"
             )
         return following[0] if following else None
 
@@ -323,8 +325,8 @@ def _readers(value: ir.Value) -> Iterator[Linear]:
     for node, position in value.uses():
         if node.op_type != "MatMul" or position != 0:
             raise UnsupportedModelError(
-                f"{node.name}: a {node.op_type} reads the output of a norm, which only linears may; "
-                "this architecture is not supported"
+                f"{node.name}: a {node.op_type} reads the output of a norm, which only linears "
+                "may; this architecture is not supported"
             )
         yield Linear(node)
 
@@ -350,8 +352,8 @@ def _layers(model: ir.Model, stream: _ResidualStream) -> Iterator[Layer]:
     norms = list(stream.norms[:-1])
     if len(writers) != 2 * len(attentions) or len(norms) != len(writers):
         raise UnsupportedModelError(
-            f"graph: {len(attentions)} attentions, {len(norms)} norms and {len(writers)} writers of "
-            "the residual stream; expected a norm and a writer per half of a layer"
+            f"graph: {len(attentions)} attentions, {len(norms)} norms and {len(writers)} "
+            "writers of the residual stream; expected a norm and a writer per half of a layer"
         )
     for index, node in enumerate(attentions):
         attention = _attention(node, by_node)

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``quarot`` operators: one definition each.
 
-An operator is a NumPy reference (the truth), an ONNX function body (so that ONNX Runtime, Polygraphy
-and Netron need nothing registered) and the list of its attributes. The TensorRT plugins and the CUDA
-kernels have the same names and attributes and are compared with the reference.
+An operator is a NumPy reference (the truth), an ONNX function body (so that ONNX Runtime,
+Polygraphy and Netron need nothing registered) and the list of its attributes. The TensorRT plugins
+and the CUDA kernels have the same names and attributes and are compared with the reference.
 
 Conventions, stated once:
 
-* ``x`` is a row vector: a rotation by ``H`` is ``x @ H``. Tokens are all leading axes, features the last.
-* Codes of ``bits`` bits are ``-2**(bits-1) .. 2**(bits-1)-1``; rounding is half to even; every scale is
+* ``x`` is a row vector: a rotation by ``H`` is ``x @ H``. Tokens are all leading axes, features the
+  last.
+* Codes of ``bits`` bits are ``-2**(bits-1) .. 2**(bits-1)-1``; rounding is half to even; every
+  scale is
   float32 and is 1 where the data is all zero.
-* Portable storage, used in ``model.onnx``: activation codes are uint8 with zero point 128, one per byte;
+* Portable storage, used in ``model.onnx``: activation codes are uint8 with zero point 128, one per
+  byte;
   weight codes are INT4 (INT8 above 4 bits) initializers ``[in_features, out_features]``.
-* The 4-bit cache holds two codes 0..15 in one uint8, low nibble first, so its last axis is head_dim / 2.
-* Kernel storage of activations and weights is two's-complement nibbles, low nibble first: `pack_int4`.
+* The 4-bit cache holds two codes 0..15 in one uint8, low nibble first, so its last axis is head_dim
+  / 2.
+* Kernel storage of activations and weights is two's-complement nibbles, low nibble first:
+  `pack_int4`.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,12 +50,14 @@ _MASKED = -3.0e38  # finite, so that a row with nothing to attend to is uniform 
 def hadamard(x: Array, A: Array, B: Array) -> Array:
     """``x @ (I ⊗ A ⊗ B)`` on the last axis; x [..., n], A [a, a], B [b, b], a * b divides n.
 
-    Computed in float32 and returned in x's dtype (QuaRot, section 3; a Kronecker product of Hadamard
-    matrices is one).
+    Computed in float32 and returned in x's dtype (QuaRot, section 3; a Kronecker product of
+    Hadamard matrices is one).
     """
     a, b = len(A), len(B)
     folded = x.astype(np.float32).reshape(-1, a, b)
-    return (A.T.astype(np.float32) @ (folded @ B.astype(np.float32))).reshape(x.shape).astype(x.dtype)
+    return (
+        (A.T.astype(np.float32) @ (folded @ B.astype(np.float32))).reshape(x.shape).astype(x.dtype)
+    )
 
 
 def hadamard_heads(x: Array, A: Array) -> Array:
@@ -65,8 +72,8 @@ def hadamard_heads(x: Array, A: Array) -> Array:
 def quantize_int4(x: Array, *, bits: int = 4, clip_ratio: float = 0.9) -> tuple[Codes, Float32]:
     """Codes (uint8, zero point 128) [..., k] and scale [..., 1] of x [..., k], symmetric per token.
 
-    ``scale = max|x| * (clip_ratio / qmax)``, ``code = clip(round(x / scale), -qmax - 1, qmax)`` with
-    ``qmax = 2**(bits - 1) - 1`` (QuaRot, section 4: dynamic per-token, clip 0.9 at 4 bits).
+    ``scale = max|x| * (clip_ratio / qmax)``, ``code = clip(round(x / scale), -qmax - 1, qmax)``
+    with ``qmax = 2**(bits - 1) - 1`` (QuaRot, section 4: dynamic per-token, clip 0.9 at 4 bits).
     """
     x = x.astype(np.float32)
     qmax = np.float32(2 ** (bits - 1) - 1)
@@ -79,9 +86,9 @@ def quantize_int4(x: Array, *, bits: int = 4, clip_ratio: float = 0.9) -> tuple[
 def int4_gemm(
     q: Codes, scale: Float32, w: Array, w_scale: Float32, *, dtype: Any = np.float32
 ) -> Array:
-    """``(q - 128) @ w`` summed exactly, times scale [..., 1] times w_scale [n], rounded once to dtype.
+    """``(q - 128) @ w`` summed exactly, times scale times w_scale, rounded once to dtype.
 
-    q [..., k] portable codes, w [k, n] signed codes -> [..., n].
+    q [..., k] portable codes, scale [..., 1], w [k, n] signed codes, w_scale [n] -> [..., n].
     """
     accumulator = (q.astype(np.int64) - ACTIVATION_ZERO_POINT) @ w.astype(np.int64)
     return ((accumulator.astype(np.float32) * scale) * w_scale).astype(dtype)
@@ -93,8 +100,9 @@ def quantize_kv(
     """Codes 0..2**bits-1 [..., d], scale and zero point [..., 1] of x [..., d], asymmetric.
 
     One group is one head of one token. The range includes 0, so that the zero point is a code:
-    ``scale = (max(x, 0) - min(x, 0)) * (clip_ratio / qmax)``, ``zero = round(-min(x, 0) * clip / scale)``,
-    ``value = (code - zero) * scale`` (QuaRot, section 4: KV asymmetric, clip 0.95 at 4 bits).
+    ``scale = (max(x, 0) - min(x, 0)) * (clip_ratio / qmax)``, ``zero = round(-min(x, 0) * clip /
+    scale)``, ``value = (code - zero) * scale`` (QuaRot, section 4: KV asymmetric, clip 0.95 at 4
+    bits).
     """
     x = x.astype(np.float32)
     qmax = np.float32(2**bits - 1)
@@ -161,7 +169,8 @@ def kv_attention(
 ) -> Array:
     """Softmax attention of q [B, Hq, S, D] over the quantized cache, in float32, in q's dtype.
 
-    Query head h reads cache head ``h // (Hq / H)``; mask [B, 1, S, T] is true where a query may look.
+    Query head h reads cache head ``h // (Hq / H)``; mask [B, 1, S, T] is true where a query may
+    look.
     """
     if bits == 4:
         key, value = unpack_kv(key), unpack_kv(value)
@@ -176,7 +185,8 @@ def kv_attention(
     return (weights @ v[:, :, None]).reshape(q.shape).astype(q.dtype)
 
 
-# --- Conversion between the two storage forms -------------------------------------------------------
+# --- Conversion between the two storage forms
+# -------------------------------------------------------
 
 
 def pack_int4(codes: Array) -> Codes:
@@ -191,9 +201,10 @@ def unpack_int4(packed: Codes) -> NDArray[np.int8]:
     return (nibbles.astype(np.int8) ^ 8) - 8
 
 
-# --- Function bodies --------------------------------------------------------------------------------
-# The text is ONNX's own syntax. `@name` is an attribute of the calling node; ONNX Runtime inlines the
-# body and folds everything that depends on attributes and initializers only.
+# --- Function bodies
+# -------------------------------------------------------------------------------- The text is
+# ONNX's own syntax. `@name` is an attribute of the calling node; ONNX Runtime inlines the body and
+# folds everything that depends on attributes and initializers only.
 
 _HADAMARD = """
     a = Shape <start = 0, end = 1> (A)
@@ -252,8 +263,9 @@ _QUANTIZE_INT4 = """
     q = Cast <to = 2> (shifted)
 """
 
-# uint8 by int8 is the fast exact form of ONNX Runtime's CPU kernels. Where the two summands of their
-# 16-bit multiply-add could saturate (above 6 bits), the codes go through in two halves: Int8Gemm.
+# uint8 by int8 is the fast exact form of ONNX Runtime's CPU kernels. Where the two summands of
+# their 16-bit multiply-add could saturate (above 6 bits), the codes go through in two halves:
+# Int8Gemm.
 _INT4_GEMM = """
     w8 = Cast <to = 3> (w)
     zero_point = Constant <value = uint8 {128}> ()
@@ -347,8 +359,9 @@ _FAKE_QUANTIZE = """
     y = CastLike (value, new)
 """
 
-# A packed byte holds an even channel (low nibble) and the odd one after it. Instead of interleaving the
-# whole cache, the few queries are put in the order "evens, then odds" and the few outputs back from it.
+# A packed byte holds an even channel (low nibble) and the odd one after it. Instead of interleaving
+# the whole cache, the few queries are put in the order "evens, then odds" and the few outputs back
+# from it.
 _UNPACK_CACHE = """
     low_mask = Constant <value = uint8 {15}> ()
     four = Constant <value = uint8 {4}> ()
@@ -436,7 +449,8 @@ def _attention_body(unpack: str, restore: str) -> str:
     """
 
 
-# --- The operators ----------------------------------------------------------------------------------
+# --- The operators
+# ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -543,7 +557,8 @@ OPERATORS: Mapping[str, Operator] = {
     )
 }
 
-# TensorRT 10.15 and later inline a function unless the node names the plugin's namespace and version.
+# TensorRT 10.15 and later inline a function unless the node names the plugin's namespace and
+# version.
 _PLUGIN_ATTRIBUTES: Mapping[str, str] = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
 
 
@@ -591,7 +606,7 @@ def node(name: str, inputs: list[ir.Value], attributes: Mapping[str, Any], *, at
 
 
 def declare(model: ir.Model) -> None:
-    """Add the functions of every ``quarot`` node in `model`, drop unused ones, and import the domain."""
+    """Give `model` exactly the functions that its ``quarot`` nodes use, and the domain."""
     used = {n.op_type for n in model.graph if n.domain == DOMAIN}
     for identifier in [i for i in model.functions if i[0] == DOMAIN and i[1] not in used]:
         model.functions.pop(identifier)

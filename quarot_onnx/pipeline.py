@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stages in order; read this file first.
 
-    Hugging Face directory --export--> float ONNX --passes--> rotated, quantized ONNX --save--> artifact
+    Hugging Face directory --export--> float ONNX --passes--> rotated, quantized ONNX --save-->
+    artifact
 
 Weights stay on disk until the last step, which computes each one as it is written.
 """
@@ -63,15 +64,17 @@ def rewrite(checkpoint: Checkpoint, recipe: Recipe, dtype: str) -> Rewritten:
 
 
 def _sort_initializers(model: ir.Model) -> None:
-    """In order of first use, so that the data file is read front to back and scales follow codes."""
+    """In order of first use: the file is read front to back, and scales follow codes."""
     initializers = dict(model.graph.initializers)
-    ordered = {
-        v.name: v for node in model.graph for v in node.inputs if v is not None and v.is_initializer()
+    ordered: dict[str, None] = {
+        v.name or "": None
+        for node in model.graph
+        for v in node.inputs
+        if v is not None and v.is_initializer()
     }
     model.graph.initializers.clear()
-    for name in {**ordered, **initializers}:
-        if name is not None and name in initializers:
-            model.graph.initializers[name] = initializers[name]
+    for name in [*ordered, *(n for n in initializers if n not in ordered)]:
+        model.graph.initializers[name] = initializers[name]
 
 
 def export(

@@ -2,6 +2,7 @@
 """Weight quantizers: arrays in, arrays out, no graph."""
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,10 +49,10 @@ def best_clip(weight: Float64, *, bits: int) -> Float64:
     """Per output channel, the factor of max|w| that rounds with the least squared error.
 
     Exact over the whole grid without rounding the weight once per candidate. With candidate j % the
-    thresholds between codes are ``(2k + 1) * j * max|w| / (200 qmax)``: all of them are edges of one
-    histogram with 200 qmax bins per sign. From its counts and sums, for the positive side,
-    ``sum (w - s q)^2 = sum w^2 - 2 s sum q w + s^2 sum q^2``, where passing threshold k adds 1 to q,
-    hence ``|w|`` to the second sum and ``2k + 1`` to the third.
+    thresholds between codes are ``(2k + 1) * j * max|w| / (200 qmax)``: all of them are edges of
+    one histogram with 200 qmax bins per sign. From its counts and sums, for the positive side,
+    ``sum (w - s q)^2 = sum w^2 - 2 s sum q w + s^2 sum q^2``, where passing threshold k adds 1 to
+    q, hence ``|w|`` to the second sum and ``2k + 1`` to the third.
 
     Args:
         weight: [in_features, out_features].
@@ -94,7 +95,7 @@ def _best_clip_of_block(weight: Float64, bits: int, bins: int) -> Float64:
     return best
 
 
-def _sum_from(values: Float64) -> Float64:
+def _sum_from(values: NDArray[Any]) -> Float64:
     """result[..., b] = sum of values[..., b:], with a last entry of 0."""
     reversed_sum = np.cumsum(values[..., ::-1], axis=-1)[..., ::-1]
     return np.concatenate([reversed_sum, np.zeros((*values.shape[:-1], 1))], axis=-1)

@@ -30,7 +30,9 @@ class Rotations(_Spec):
     """Which rotations are applied; names as in the field (docs/design.md)."""
 
     fold_norm_scale: bool = True
-    r1: Literal["none", "hadamard", "randomized_hadamard", "random_orthogonal"] = "randomized_hadamard"
+    r1: Literal["none", "hadamard", "randomized_hadamard", "random_orthogonal"] = (
+        "randomized_hadamard"
+    )
     r2: bool = True
     heads: bool = True
     r3: bool = True
@@ -92,18 +94,29 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in _PRESETS.glob("*.toml"))
 
 
+def preset_text(name: str) -> str:
+    """The TOML of a preset, or of the file `name`."""
+    path = _PRESETS / f"{name}.toml"
+    return (path if path.exists() else Path(name)).read_text(encoding="utf-8")
+
+
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe `name` (a preset or the path of a TOML file) with ``KEY=VALUE`` overrides.
 
     Raises:
-        UsageError: no such recipe, not TOML, an unknown key, or a value out of range; names the key.
+        UsageError: no such recipe, not TOML, an unknown key, or a value out of range; names the
+        key.
     """
     path = _PRESETS / f"{name}.toml"
     if not path.exists():
         path = Path(name)
         if path.suffix != ".toml":
             close = difflib.get_close_matches(name, preset_names(), n=1)
-            hint = f"did you mean {close[0]!r}" if close else f"presets are {', '.join(preset_names())}"
+            hint = (
+                f"did you mean {close[0]!r}"
+                if close
+                else f"presets are {', '.join(preset_names())}"
+            )
             raise UsageError(f"recipe {name!r}: no such preset and not a .toml file; {hint}")
     content = _read(path)
     for override in overrides:
@@ -120,7 +133,9 @@ def _read(path: Path) -> dict[str, Any]:
             raise UsageError(f"{path}: larger than {_SIZE_LIMIT} bytes; this is not a recipe")
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); give a preset or a file") from error
+        raise UsageError(
+            f"{path}: cannot be read ({error.strerror}); give a preset or a file"
+        ) from error
     except (UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path}: not TOML ({error}); see `quarot-onnx recipes`") from error
 

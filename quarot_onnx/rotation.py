@@ -19,7 +19,8 @@ class Rotation:
 
     ``hadamard`` is H / √n; ``randomized_hadamard`` is diag(s) H / √n with random signs s (QuaRot,
     section 3); ``random_orthogonal`` is Haar-distributed. Where no Hadamard matrix of the order is
-    known, the Hadamard kinds are a Haar-distributed matrix too: offline, any orthogonal one is legal.
+    known, the Hadamard kinds are a Haar-distributed matrix too: offline, any orthogonal one is
+    legal.
 
     Attributes:
         kind: what was asked for.

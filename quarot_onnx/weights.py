@@ -55,9 +55,9 @@ class Step:
 class Weight(ir.TensorProtocol):
     """A weight that is computed when it is written.
 
-    Shapes are in ONNX layout: a linear's weight is [in_features, out_features], so axis 0 is its input
-    side and axis 1 its output side; an embedding is [vocabulary, hidden_size]; a bias or a norm scale
-    is [features].
+    Shapes are in ONNX layout: a linear's weight is [in_features, out_features], so axis 0 is its
+    input side and axis 1 its output side; an embedding is [vocabulary, hidden_size]; a bias or a
+    norm scale is [features].
     """
 
     def __init__(self, name: str, source: Source, dtype: ir.DataType) -> None:
@@ -74,6 +74,11 @@ class Weight(ir.TensorProtocol):
     def shape(self) -> ir.Shape:
         """The shape, known without reading."""
         return ir.Shape(self._source.shape)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape as plain integers."""
+        return tuple(self._source.shape)
 
     @property
     def dtype(self) -> ir.DataType:
@@ -106,7 +111,7 @@ class Weight(ir.TensorProtocol):
         return copy
 
     def free_axis(self) -> int | None:
-        """An axis along which blocks are independent of each other; None where every axis is mixed."""
+        """An axis along which blocks are independent; None where every axis is mixed."""
         mixed = {step.axis % len(self.shape) for step in self._steps}
         free = [axis for axis in range(len(self.shape)) if axis not in mixed]
         return free[-1] if free else None
@@ -178,11 +183,12 @@ class Weight(ir.TensorProtocol):
         file.flush()
         start = file.tell()
         rows, *rest = (int(n) for n in self._source.shape)
-        row_bytes = int(np.prod(rest)) * self._dtype.itemsize
+        item = int(self._dtype.itemsize)
+        row_bytes = int(np.prod(rest)) * item
         os.truncate(file.fileno(), start + self.nbytes)
         for index, values in self.blocks():
             rounded = self._rounded(values)
-            first, offset = index[0].start, (index[1].start if rest else 0) * self._dtype.itemsize
+            first, offset = index[0].start, (index[1].start if rest else 0) * item
             if len(rounded) == rows and rest and rounded.shape[1] != rest[0]:
                 for row in range(rows):  # a column block: one strided piece of each row
                     piece = np.ascontiguousarray(rounded[row])

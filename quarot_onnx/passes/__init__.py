@@ -32,7 +32,7 @@ def pipeline(recipe: Recipe, decoder: Decoder) -> list[Pass]:
     if rotations.r2:
         passes.append(FuseR2Pass(decoder, plan(attention.head_dim)))
     if rotations.heads:
-        passes.append(InsertHeadsHadamardPass(decoder, plan(attention.num_heads)))
+        passes.append(InsertHeadsHadamardPass(decoder, plan(attention.num_heads, policy="full")))
     if rotations.r3:
         passes.append(InsertR3Pass(decoder, plan(attention.head_dim)))
     if rotations.r4:

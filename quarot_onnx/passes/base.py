@@ -58,7 +58,7 @@ class Pass(ABC):
         """The class's name without its suffix."""
         return type(self).__name__.removesuffix("Pass")
 
-    def requires(self) -> None:
+    def requires(self) -> None:  # noqa: B027  # most passes can finish any located decoder
         """Refuse a model that the rewrite could not finish.
 
         Raises:
@@ -74,7 +74,9 @@ class Pass(ABC):
         properties = self.decoder.model.metadata_props
         applied = properties.get(APPLIED, "").split()
         if self.name in applied:
-            raise UnsupportedModelError(f"{self.name}: already applied to this model; apply it once")
+            raise UnsupportedModelError(
+                f"{self.name}: already applied to this model; apply it once"
+            )
         self.requires()
         report = self.rewrite()
         properties[APPLIED] = " ".join([*applied, self.name])

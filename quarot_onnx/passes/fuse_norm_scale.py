@@ -4,10 +4,12 @@
     before:  y = (x / rms(x) * gamma) @ W
     after:   y = (x / rms(x) * 1) @ (diag(gamma) @ W)
 
-The function does not change, since ``(u * gamma) @ W = u @ (diag(gamma) @ W)``. A norm without a scale
-commutes with every rotation: ``rms(x Q) = rms(x)``. The embeddings are not centred: that is exact for
-LayerNorm only (QuaRot, section 3, stage 1a).
+The function does not change, since ``(u * gamma) @ W = u @ (diag(gamma) @ W)``. A norm without a
+scale commutes with every rotation: ``rms(x Q) = rms(x)``. The embeddings are not centred: that is
+exact for LayerNorm only (QuaRot, section 3, stage 1a).
 """
+
+from functools import partial
 
 import numpy as np
 
@@ -25,7 +27,7 @@ class FuseNormScalePass(Pass):
         for norm in self.decoder.norms:
             gamma = norm.scale.float64()[:, None]
             for reader in norm.readers:
-                reader.weight.compose(0, lambda w, gamma=gamma: gamma * w)
+                reader.weight.compose(0, partial(np.multiply, gamma))
             norm.scale.compose(0, _ones)
         return self.report(len(self.decoder.norms))
 

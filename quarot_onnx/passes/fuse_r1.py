@@ -5,8 +5,8 @@
     after:   E -> E @ Q   W_in -> Q.T @ W_in   W_out -> W_out @ Q   W_head -> Q.T @ W_head
 
 Every residual state is x Q instead of x, and rms(x Q) = rms(x), so that every linear sees
-``(x Q) (Q.T W) = x W``. It holds only when the norms have no scale (`FuseNormScalePass`) and when no
-reader or writer is left out, which `Decoder.locate` has proven. (QuaRot, section 3, stage 1a.)
+``(x Q) (Q.T W) = x W``. It holds only when the norms have no scale (`FuseNormScalePass`) and when
+no reader or writer is left out, which `Decoder.locate` has proven. (QuaRot, section 3, stage 1a.)
 """
 
 from quarot_onnx.decoder import Decoder
@@ -16,7 +16,7 @@ from quarot_onnx.rotation import Rotation
 
 
 class FuseR1Pass(Pass):
-    """Fuse one rotation of order hidden_size into every reader and writer of the residual stream."""
+    """Fuse one rotation into every reader and writer of the residual stream."""
 
     effect = Effect.EQUIVALENT
 

@@ -5,8 +5,8 @@
     after:   W_v -> W_v (I ⊗ H)       b_v -> b_v (I ⊗ H)       W_o -> (I ⊗ H.T) W_o
 
 Attention mixes tokens, not the features of a head, so the head's output is ``(P v) H`` and
-``((P v) H) (H.T W_o) = (P v) W_o``. One matrix serves all heads, which is what lets query heads share a
-cache head (GQA). The bias turns with the weight. (QuaRot, section 3, stage 1b.)
+``((P v) H) (H.T W_o) = (P v) W_o``. One matrix serves all heads, which is what lets query heads
+share a cache head (GQA). The bias turns with the weight. (QuaRot, section 3, stage 1b.)
 """
 
 from quarot_onnx.decoder import Decoder
@@ -35,7 +35,9 @@ class FuseR2Pass(Pass):
             v.weight.compose(1, self._rotate_heads)
             if v.bias is not None:
                 v.bias.compose(0, self._rotate_heads)
-            o.weight.compose(0, lambda w: self._rotate_heads(w.T).T)  # (I ⊗ H.T) W = (W.T (I ⊗ H)).T
+            o.weight.compose(
+                0, lambda w: self._rotate_heads(w.T).T
+            )  # (I ⊗ H.T) W = (W.T (I ⊗ H)).T
         return self.report(2 * len(layers), describe(self.plan))
 
     def _rotate_heads(self, values: Float64) -> Float64:

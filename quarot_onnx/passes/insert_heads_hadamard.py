@@ -4,7 +4,7 @@
     before:  y = x @ W_o
     after:   y = (x (H ⊗ I)) @ ((H ⊗ I).T W_o)
 
-The function does not change. With R2 the input of o_proj carries ``H ⊗ H_head``, a Hadamard of all its
+The function does not change. With R2 the input of o_proj carries ``H ⊗ H_head``, a Hadamard of all
 features, of which only the factor across heads runs online (QuaRot, section 3, stage 1b, "Hadamard
 heads"). Needed where activations are quantized; a number of heads that has no Hadamard matrix is
 skipped, and o_proj keeps R2 alone.
@@ -29,8 +29,8 @@ class InsertHeadsHadamardPass(Pass):
     def rewrite(self) -> Report:
         """Insert one node per layer, or none where the number of heads has no Hadamard matrix."""
         projections = [layer.attention.o for layer in self.decoder.layers]
-        if self.plan.kind != "full":
-            reason = f"no Hadamard matrix across {self.plan.size} heads: {self.plan.reason}"
+        if not self.plan.factors:
+            reason = self.plan.reason or "one head has nothing to mix with"
             return self.report(0, skipped={reason: [o.name for o in projections]})
         across = self.plan.matrix().T
 

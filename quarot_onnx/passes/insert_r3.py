@@ -28,9 +28,13 @@ class InsertR3Pass(Pass):
         """Insert two nodes per layer, or none where head_dim has no Hadamard matrix."""
         attentions = [layer.attention for layer in self.decoder.layers]
         if self.plan.kind == "none":
-            return self.report(0, skipped={self.plan.reason: [a.node.name or "" for a in attentions]})
+            return self.report(
+                0, skipped={self.plan.reason: [a.node.name or "" for a in attentions]}
+            )
         for attention in attentions:
             module = (attention.node.name or "").rpartition("/")[0]
             insert_hadamard(self.decoder.model, attention.node, 0, self.plan, f"{module}/R3_query")
-            insert_hadamard(self.decoder.model, attention.key_append, 1, self.plan, f"{module}/R3_key")
+            insert_hadamard(
+                self.decoder.model, attention.key_append, 1, self.plan, f"{module}/R3_key"
+            )
         return self.report(2 * len(attentions), describe(self.plan))

@@ -24,7 +24,7 @@ class InsertR4Pass(Pass):
         self.plan = plan
 
     def rewrite(self) -> Report:
-        """Insert one node per down_proj, or none where the dimension has no Hadamard matrix at all."""
+        """Insert one node per down_proj, or none where the dimension is odd."""
         plan = self.plan
         downs = [layer.mlp.down for layer in self.decoder.layers]
         if plan.kind == "none":

@@ -54,11 +54,13 @@ def _insert(
     ops.declare(model)
 
 
-def _shared(model: ir.Model, name: str, matrix: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> ir.Value:
+def _shared(
+    model: ir.Model, name: str, matrix: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+) -> ir.Value:
     """The float32 initializer `name`, one for all sites."""
     if name not in model.graph.initializers:
         tensor = ir.tensor(matrix.astype(np.float32), name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(matrix.shape))
         value.const_value = tensor
         model.graph.initializers[name] = value
     return model.graph.initializers[name]

@@ -23,9 +23,7 @@ class QuantizeActivationsPass(Pass):
 
     effect = Effect.LOSSY
 
-    def __init__(
-        self, decoder: Decoder, *, bits: int, clip_ratio: float, weight_bits: int
-    ) -> None:
+    def __init__(self, decoder: Decoder, *, bits: int, clip_ratio: float, weight_bits: int) -> None:
         super().__init__(decoder)
         self.bits = bits
         self.clip_ratio = clip_ratio

@@ -5,9 +5,10 @@
     packed:  K, s, z = KvAppend(k, past, past_s, past_z)  y = KvAttention(q, K, s, z, V, s, z, mask)
     float:   K = Concat(past, KvFakeQuantize(k))       y = Attention(q, K, V, mask)
 
-Lossy: asymmetric, per token and head. ``packed`` stores two 4-bit codes to a byte with a float32 scale
-and zero point per token and head as graph inputs and outputs; ``float`` keeps the cache's interface, so
-that other clients run the file, with values that lie on the same grid. (QuaRot, section 4: KV cache.)
+Lossy: asymmetric, per token and head. ``packed`` stores two 4-bit codes to a byte with a float32
+scale and zero point per token and head as graph inputs and outputs; ``float`` keeps the cache's
+interface, so that other clients run the file, with values that lie on the same grid. (QuaRot,
+section 4: KV cache.)
 """
 
 from typing import Literal
@@ -27,9 +28,7 @@ class QuantizeKvCachePass(Pass):
 
     effect = Effect.LOSSY
 
-    def __init__(
-        self, decoder: Decoder, *, bits: int, clip_ratio: float, form: CacheForm
-    ) -> None:
+    def __init__(self, decoder: Decoder, *, bits: int, clip_ratio: float, form: CacheForm) -> None:
         super().__init__(decoder)
         self.attributes = {"bits": bits, "clip_ratio": clip_ratio}
         self.bits = bits
@@ -43,8 +42,8 @@ class QuantizeKvCachePass(Pass):
             attention = layer.attention
             if attention.head_dim % 2:
                 raise UnsupportedModelError(
-                    f"{attention.node.name}: head_dim = {attention.head_dim} is odd, two codes do not "
-                    "fill bytes; set kv_cache.io=float"
+                    f"{attention.node.name}: head_dim = {attention.head_dim} is odd, two codes do "
+                    "not fill bytes; set kv_cache.io=float"
                 )
             if "softcap" in attention.node.attributes:
                 raise UnsupportedModelError(
@@ -57,7 +56,10 @@ class QuantizeKvCachePass(Pass):
         for layer in self.decoder.layers:
             attention = layer.attention
             if self.form == "float":
-                for append, kind in ((attention.key_append, "key"), (attention.value_append, "value")):
+                for append, kind in (
+                    (attention.key_append, "key"),
+                    (attention.value_append, "value"),
+                ):
                     self._fake_quantize(append, kind)
             else:
                 self._pack(attention)
@@ -69,7 +71,9 @@ class QuantizeKvCachePass(Pass):
         new = append.inputs[1]
         assert new is not None
         module = (append.name or "").rpartition("/")[0]
-        node = ops.node("KvFakeQuantize", [new], self.attributes, at=f"{module}/KvFakeQuantize_{kind}")
+        node = ops.node(
+            "KvFakeQuantize", [new], self.attributes, at=f"{module}/KvFakeQuantize_{kind}"
+        )
         node.outputs[0].type, node.outputs[0].shape = new.type, new.shape
         self.decoder.model.graph.insert_before(append, node)
         append.replace_input_with(1, node.outputs[0])

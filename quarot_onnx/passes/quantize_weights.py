@@ -4,8 +4,8 @@
     before:  y = x @ W
     after:   y = (x @ codes) * scale          codes = clip(round(W / scale))
 
-Lossy: ``|W - codes * scale| <= scale / 2`` inside the clip. The product is a ``WeightOnlyGemm``, exact
-in float32. The head and the embedding stay float (QuaRot, section 4).
+Lossy: ``|W - codes * scale| <= scale / 2`` inside the clip. The product is a ``WeightOnlyGemm``,
+exact in float32. The head and the embedding stay float (QuaRot, section 4).
 """
 
 from functools import partial
@@ -17,6 +17,7 @@ from quarot_onnx.decoder import Decoder, Linear
 from quarot_onnx.passes.base import Effect, Pass, Report
 from quarot_onnx.quantize import rtn
 from quarot_onnx.weights import QuantizedWeight, Quantizer
+
 
 class QuantizeWeightsPass(Pass):
     """Replace each MatMul of a layer by a ``WeightOnlyGemm`` over codes."""
@@ -45,7 +46,7 @@ class QuantizeWeightsPass(Pass):
         for tensor in (quantized.codes, quantized.scale):
             value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
             value.const_value = tensor
-            graph.initializers[tensor.name] = value
+            graph.initializers[value.name or ""] = value
             inputs.append(value)
         node = ops.node("WeightOnlyGemm", inputs, {}, at=f"{linear.module}/WeightOnlyGemm")
         linear.replace(graph, node)

@@ -4,9 +4,10 @@
     before:  x = E[ids]      logits = h @ Transpose(E)
     after:   x = E[ids]      logits = h @ W        W = E.T, an initializer of its own
 
-The function does not change. A rotation does: it maps E to E Q and W to Q.T diag(gamma) W, which are
-no transposes of each other once the final norm's scale gamma is folded. This is the one pass that runs
-before the decoder is located, because the head is a `Linear` only when its weight is unshared.
+The function does not change. A rotation does: it maps E to E Q and W to Q.T diag(gamma) W, which
+are no transposes of each other once the final norm's scale gamma is folded. This is the one pass
+that runs before the decoder is located, because the head is a `Linear` only when its weight is
+unshared.
 """
 
 import numpy as np
@@ -27,14 +28,14 @@ class _TransposedSource:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(int(n) for n in self._weight.shape)[::-1]
+        return self._weight.sizes[::-1]
 
     def read(self, index: tuple[slice, ...]) -> Float64:
         return np.ascontiguousarray(self._weight.read(index[::-1]).T)
 
 
 def untie_embeddings(model: ir.Model) -> Report:
-    """Give each ``Transpose(E) -> MatMul`` a transposed copy of E; a model without one is unchanged."""
+    """Give each ``Transpose(E) -> MatMul`` a transposed copy of E, if there is one."""
     sites = 0
     for node in list(model.graph):
         shared = weight_of(node.inputs[0]) if node.op_type == "Transpose" else None
