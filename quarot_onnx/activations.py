@@ -2,8 +2,8 @@
 """What quantization meets: the activations of a model before and after its rotations.
 
 The float model is built twice, without and with the recipe's rotations, and run on a sample of text
-with ONNX Runtime. What is observed is what a quantizer would round: the inputs of the linears, and the
-new keys and values as they enter the cache. (QuaRot, figure 1.)
+with ONNX Runtime. What is observed is what a quantizer would round: the inputs of the linears, and
+the new keys and values as they enter the cache. (QuaRot, figure 1.)
 """
 
 import math
@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from quarot_onnx import artifacts, ops
 from quarot_onnx.decoder import Layer
-from quarot_onnx.errors import InputError, MissingDependencyError, UnsupportedModelError
+from quarot_onnx.errors import InputError, UnsupportedModelError
 from quarot_onnx.export.checkpoint import Checkpoint
 from quarot_onnx.pipeline import rewrite, stored_bytes
 from quarot_onnx.recipe import Activations, KvCache, Recipe, Rotations, Weights
+from quarot_onnx.runtime import load_session
 
 Float32 = NDArray[np.float32]
 
@@ -38,7 +39,7 @@ SITES: Mapping[str, str] = {
 """Where a layer is observed, in the order of computation: name -> for a person."""
 
 CACHED = frozenset({"keys", "values"})
-"""Sites that are rounded per token and head, asymmetrically; the others per token, symmetrically."""
+"""Sites rounded per token and head, asymmetrically; the others are per token and symmetric."""
 
 _BITS = 4
 _HELD_BYTES = 256 << 20  # of activations in memory at once
@@ -246,7 +247,7 @@ class _Observed:
             directory = Path(self._directory.name)
             artifacts.require_space(directory / artifacts.DATA, stored_bytes(self._model))
             artifacts.save_model(self._model, directory)
-            self._session = _session(directory / artifacts.MODEL)
+            self._session = load_session(directory / artifacts.MODEL)
         except BaseException:
             self._directory.cleanup()
             raise
@@ -349,15 +350,3 @@ def _by_token(value: NDArray[Any]) -> Float32:
     first = value[0] if value.ndim == 3 else value[0].swapaxes(0, 1)
     flat: Float32 = first.reshape(len(first), -1)
     return flat
-
-
-def _session(path: Path) -> Any:
-    try:
-        import onnxruntime  # noqa: PLC0415  # an extra
-    except ImportError as error:
-        raise MissingDependencyError(
-            'onnxruntime: is not installed; pip install "quarot-onnx[cpu]"'
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -164,8 +164,8 @@ def evaluate(
         content = run_evaluate(
             artifact,
             text,
-            windows=windows,
-            window_length=window_length,
+            count=windows,
+            length=window_length,
             reference=reference,
             decode=decode,
             runtime=runtime,
@@ -188,17 +188,20 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, one token at a time through the quantized cache."""
-    from quarot_onnx.runtime import OnnxModel, generate_text  # noqa: PLC0415
+    from quarot_onnx import runtime as run  # noqa: PLC0415
 
-    model = OnnxModel(artifact, runtime=runtime, threads=threads)
-    pieces = generate_text(
+    model = run.OnnxModel(artifact, runtime=runtime, threads=threads)
+    tokenizer = run.load_tokenizer(artifact)
+    ids = run.generate(
         model,
-        prompt,
+        tokenizer.encode(prompt),
         max_new_tokens=max_new_tokens,
+        eos_token_ids=run.eos_token_ids(artifact),
         temperature=temperature,
         top_p=top_p,
         seed=seed,
     )
+    pieces = tokenizer.stream(ids)
     if as_json:
         _print_json({"prompt": prompt, "completion": "".join(pieces)})
         return
@@ -480,7 +483,14 @@ def _number(value: Any) -> str:
 
 
 def _show_evaluation(content: dict[str, Any]) -> None:
-    rows = [[row["name"], f"{row['perplexity']:,.3f}"] for row in content["models"]]
+    baselines = content.get("baselines", {})
+    labels = {
+        "fp32": "Hugging Face, fp32",
+        "unrotated": "same bits, unrotated",
+        "folded": "same bits, norm scales folded, unrotated",
+    }
+    rows = [[labels[name], f"{baselines[name]:,.3f}"] for name in labels if name in baselines]
+    rows.append([f"{content['recipe']} on {content['runtime']}", f"{content['perplexity']:,.3f}"])
     _table(
         f"Perplexity over {content['windows']} windows of {content['window_length']} tokens",
         ["model", "perplexity"],

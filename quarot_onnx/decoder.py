@@ -248,7 +248,11 @@ class Decoder:
         if embedding is None:
             raise UnsupportedModelError("graph: no Gather of token embeddings; is this a decoder?")
         stream = _ResidualStream.follow(embedding.outputs[0])
-        *_, final = stream.norms
+        if not stream.norms:
+            raise UnsupportedModelError(
+                f"{embedding.name}: no norm reads the residual stream; is this a decoder?"
+            )
+        final = stream.norms[-1]
         if len(final.readers) != 1:
             raise UnsupportedModelError(
                 f"{final.name}: {len(final.readers)} linears read the final norm, expected the head"
@@ -300,12 +304,17 @@ class _ResidualStream:
 
     def _step(self, state: ir.Value) -> ir.Value | None:
         """Classify the readers of `state`; give the next state, None after the last norm."""
+        if state.is_graph_output():
+            raise UnsupportedModelError(
+                f"{state.name}: the residual stream is an output of the graph, where a rotation would "
+                "show; remove the output"
+            )
         following: list[ir.Value] = []
         for node, _ in state.uses():
             if node.op_type == "RMSNormalization" and weight_of(node.inputs[1]) is not None:
                 self.norms.append(Norm(node, tuple(_readers(node.outputs[0]))))
             elif node.op_type == "Add":
-                added = next(v for v in node.inputs if v is not state)
+                added = next((v for v in node.inputs if v is not state), None)
                 self.writers.append(_writer(added, node))
                 following.append(node.outputs[0])
             else:
@@ -333,6 +342,11 @@ def _readers(value: ir.Value) -> Iterator[Linear]:
 
 def _writer(value: ir.Value | None, where: ir.Node) -> Linear:
     node = _producer(value)
+    if value is not None and len(value.uses()) != 1:
+        raise UnsupportedModelError(
+            f"{where.name}: what is added to the residual stream is read elsewhere too; "
+            "this architecture is not supported"
+        )
     if node is not None and node.op_type == "Add" and any(weight_of(v) for v in node.inputs):
         node = next((p for v in node.inputs if (p := _producer(v)) is not None), None)
     if node is None or node.op_type != "MatMul":
@@ -383,9 +397,9 @@ def _attention(node: ir.Node, linears: dict[ir.Node, Linear]) -> Attention:
         node,
         key_append,
         value_append,
-        _upstream_linear(node.inputs[0], linears, node),
-        _upstream_linear(key_append.inputs[1], linears, node),
-        _upstream_linear(value_append.inputs[1], linears, node),
+        _upstream_linear(node.inputs[0], linears, node, _ROPE_OPS),
+        _upstream_linear(key_append.inputs[1], linears, node, _ROPE_OPS),
+        _upstream_linear(value_append.inputs[1], linears, node, _BIAS_OPS),
         o,
         num_heads=o.in_features // shape[3],
         num_kv_heads=shape[1],
@@ -393,15 +407,16 @@ def _attention(node: ir.Node, linears: dict[ir.Node, Linear]) -> Attention:
     )
 
 
-_ROPE_OPS = frozenset({"RotaryEmbedding", "RMSNormalization", "Add"}) | _SHAPE_OPS
+_BIAS_OPS = frozenset({"Add"}) | _SHAPE_OPS
+_ROPE_OPS = frozenset({"RotaryEmbedding", "RMSNormalization"}) | _BIAS_OPS
 
 
 def _upstream_linear(
-    value: ir.Value | None, linears: dict[ir.Node, Linear], where: ir.Node
+    value: ir.Value | None, linears: dict[ir.Node, Linear], where: ir.Node, allowed: frozenset[str]
 ) -> Linear:
     """The linear behind RoPE, q/k norms and reshapes; a value path has reshapes and a bias only."""
     node = _producer(value)
-    while node is not None and node not in linears and node.op_type in _ROPE_OPS:
+    while node is not None and node not in linears and node.op_type in allowed:
         node = next((p for v in node.inputs if (p := _producer(v)) is not None), None)
     if node is None or node not in linears:
         raise UnsupportedModelError(

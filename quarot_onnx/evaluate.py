@@ -82,7 +82,7 @@ def log_probabilities(logits: Logits) -> NDArray[np.float64]:
 
 
 def _target_log_probabilities(logits: Logits, targets: Ids) -> NDArray[np.float64]:
-    """Of targets [B, S] under logits [B, S, V]; a row at a time, which bounds the float64 memory."""
+    """Of targets [B, S] under logits [B, S, V]; a row at a time, to bound the float64 memory."""
     rows = [
         np.take_along_axis(log_probabilities(row), target[:, None], axis=-1)[:, 0]
         for row, target in zip(logits, targets, strict=True)
@@ -201,7 +201,8 @@ def evaluate(
 
     Returns:
         For JSON: ``perplexity``, ``windows``, ``window_length``, ``tokens`` (of the text),
-        ``recipe``, ``runtime``, ``cache_bytes_per_token``, and where asked ``decode`` and ``baselines``.
+        ``recipe``, ``runtime``, ``cache_bytes_per_token``, and where asked ``decode``,
+        ``baselines`` and ``damage_removed``: of the unrotated model's, in log-perplexity.
 
     Raises:
         InputError: the text is unreadable or too short, the artifact is damaged.

@@ -25,7 +25,7 @@ from quarot_onnx.errors import (
 )
 
 if TYPE_CHECKING:
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -245,25 +245,15 @@ def _ort_errors() -> tuple[type[Exception], ...]:
     )
 
 
-def load_session(
-    model: Path | bytes,
-    *,
-    runtime: str = "ort-cpu",
-    threads: int | None = None,
-    data_directory: Path | None = None,
-) -> "onnxruntime.InferenceSession":
-    """ONNX Runtime's session of a model file, or of bytes whose data file is in `data_directory`.
+def _provider(runtime: str) -> str:
+    """The execution provider of `runtime`, which this machine has.
 
     Raises:
-        UsageError: no such runtime, or less than one thread.
-        InputError: the model or its data cannot be read.
-        MissingDependencyError: the runtime is not on this machine.
-        UnsupportedModelError: the runtime has no kernel for a node.
+        UsageError: no such runtime.
+        MissingDependencyError: it is not on this machine.
     """
     if runtime not in RUNTIMES:
         raise UsageError(f"--runtime {runtime}: no such runtime; choose {', '.join(RUNTIMES)}")
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads}: must be 1 or more")
     if runtime == "tensorrt":
         raise MissingDependencyError(
             "tensorrt: this version has no TensorRT runtime; use --runtime ort-cpu or ort-cuda"
@@ -280,12 +270,32 @@ def load_session(
             f"{runtime}: this onnxruntime has no {provider}; install onnxruntime-gpu in place of "
             "onnxruntime, or use --runtime ort-cpu"
         )
-    if isinstance(model, Path):
-        where, source = str(model), str(model)
-        if not model.is_file():
-            raise InputError(f"{model}: no such file; export again")
-    else:
-        where, source = f"{data_directory or ''}/{MODEL}", model
+    return provider
+
+
+def load_session(
+    model: Path | bytes,
+    *,
+    runtime: str = "ort-cpu",
+    threads: int | None = None,
+    data_directory: Path | None = None,
+) -> "onnxruntime.InferenceSession":
+    """ONNX Runtime's session of a model file, or of bytes whose data file is in `data_directory`.
+
+    Raises:
+        UsageError: no such runtime, or less than one thread.
+        InputError: the model or its data cannot be read.
+        MissingDependencyError: the runtime is not on this machine.
+        UnsupportedModelError: the runtime has no kernel for a node.
+    """
+    provider = _provider(runtime)
+    import onnxruntime  # noqa: PLC0415
+
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads {threads}: must be 1 or more")
+    where = model if isinstance(model, Path) else (data_directory or Path()) / MODEL
+    if isinstance(model, Path) and not model.is_file():
+        raise InputError(f"{model}: no such file; export again")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _QUIET
     if threads is not None:
@@ -296,7 +306,9 @@ def load_session(
         )
     errors = _ort_errors()
     try:
-        session = onnxruntime.InferenceSession(source, options, providers=[provider])
+        session = onnxruntime.InferenceSession(
+            model if isinstance(model, bytes) else str(model), options, providers=[provider]
+        )
     except errors as error:
         reason = _first_line(error)
         if type(error).__name__ == "NotImplemented":
@@ -316,8 +328,9 @@ def load_session(
 
 
 def _first_line(error: Exception) -> str:
+    """What a library says, without ONNX Runtime's codes in front."""
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return lines[0].rpartition("] : ")[2][:200] if lines else type(error).__name__
 
 
 # --- Text -----------------------------------------------------------------------------------------

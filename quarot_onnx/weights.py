@@ -148,10 +148,12 @@ class Weight(ir.TensorProtocol):
         dtype = self._dtype.numpy()
         with np.errstate(over="ignore"):
             rounded: NDArray[Any] = values.astype(dtype)
-        if self._dtype == ir.DataType.FLOAT16 and not np.isfinite(rounded).all():
+        if not np.isfinite(rounded).all():
+            is_half = self._dtype == ir.DataType.FLOAT16
+            remedy = "export with --dtype float32 or bfloat16" if is_half else "repair the model"
             raise InputError(
-                f"{self.name}: max|value| = {np.abs(values).max():.3g} overflows float16; "
-                "export with --dtype float32 or bfloat16"
+                f"{self.name}: max|value| = {np.abs(values).max():.3g} overflows "
+                f"{self._dtype.name.lower()}; {remedy}"
             )
         return rounded
 
@@ -192,10 +194,19 @@ class Weight(ir.TensorProtocol):
             if len(rounded) == rows and rest and rounded.shape[1] != rest[0]:
                 for row in range(rows):  # a column block: one strided piece of each row
                     piece = np.ascontiguousarray(rounded[row])
-                    os.pwrite(file.fileno(), piece.tobytes(), start + row * row_bytes + offset)
+                    _write_at(file.fileno(), piece.tobytes(), start + row * row_bytes + offset)
             else:
-                os.pwrite(file.fileno(), rounded.tobytes(), start + first * row_bytes)
+                _write_at(file.fileno(), rounded.tobytes(), start + first * row_bytes)
         file.seek(start + self.nbytes)
+
+
+def _write_at(descriptor: int, content: bytes, position: int) -> None:
+    """Write all of `content`: one call writes 2 GB at most, and less where the disk is nearly full."""
+    remaining = memoryview(content)
+    while remaining:
+        written = os.pwrite(descriptor, remaining, position)
+        remaining = remaining[written:]
+        position += written
 
 
 Quantizer = Callable[[Float64], tuple[NDArray[np.int8], NDArray[np.float32]]]

@@ -82,6 +82,17 @@ class Pass(ABC):
         properties[APPLIED] = " ".join([*applied, self.name])
         return report
 
+    def refuse_after(self, later: str) -> None:
+        """Refuse a model that the pass named `later` has changed already.
+
+        Raises:
+            UnsupportedModelError: names both passes.
+        """
+        if later in self.decoder.model.metadata_props.get(APPLIED, "").split():
+            raise UnsupportedModelError(
+                f"{self.name}: {later} has been applied to this model; apply {self.name}Pass before"
+            )
+
     def report(
         self, sites: int, detail: str = "", skipped: dict[str, list[str]] | None = None
     ) -> Report:

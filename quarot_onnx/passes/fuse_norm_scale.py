@@ -24,8 +24,8 @@ class FuseNormScalePass(Pass):
 
     def rewrite(self) -> Report:
         """Fold every norm of the residual stream."""
-        for norm in self.decoder.norms:
-            gamma = norm.scale.float64()[:, None]
+        scales = [norm.scale.float64()[:, None] for norm in self.decoder.norms]  # a NaN is found here
+        for norm, gamma in zip(self.decoder.norms, scales, strict=True):
             for reader in norm.readers:
                 reader.weight.compose(0, partial(np.multiply, gamma))
             norm.scale.compose(0, _ones)

@@ -26,6 +26,10 @@ class InsertHeadsHadamardPass(Pass):
         super().__init__(decoder)
         self.plan = plan
 
+    def requires(self) -> None:
+        """The input of o_proj must still be float."""
+        self.refuse_after("QuantizeActivations")
+
     def rewrite(self) -> Report:
         """Insert one node per layer, or none where the number of heads has no Hadamard matrix."""
         projections = [layer.attention.o for layer in self.decoder.layers]

@@ -24,6 +24,10 @@ class InsertR3Pass(Pass):
         super().__init__(decoder)
         self.plan = plan
 
+    def requires(self) -> None:
+        """The keys must still be float where they are appended."""
+        self.refuse_after("QuantizeKvCache")
+
     def rewrite(self) -> Report:
         """Insert two nodes per layer, or none where head_dim has no Hadamard matrix."""
         attentions = [layer.attention for layer in self.decoder.layers]

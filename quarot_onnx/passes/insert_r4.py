@@ -23,6 +23,10 @@ class InsertR4Pass(Pass):
         super().__init__(decoder)
         self.plan = plan
 
+    def requires(self) -> None:
+        """The input of down_proj must still be float."""
+        self.refuse_after("QuantizeActivations")
+
     def rewrite(self) -> Report:
         """Insert one node per down_proj, or none where the dimension is odd."""
         plan = self.plan
