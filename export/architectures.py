@@ -6,6 +6,7 @@ the tests. An unknown one is refused: a guessed mapping would be a wrong model t
 """
 
 import copy
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ _SIZES = (
     "vocab_size",
 )
 _LIMIT = 1 << 24
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -46,12 +48,26 @@ def check_config(path: Path, raw: dict[str, Any]) -> None:
             f"supported are {', '.join(SUPPORTED)}"
         )
     _check_sizes(path, raw)
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    rope_type = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
+    for key in ("rope_scaling", "rope_parameters"):
+        _check_rope(path, key, raw.get(key) or {})
+
+
+def _check_rope(path: Path, key: str, rope: Any) -> None:
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: {key} = {rope!r}; it must be a table, repair the file")
+    theta = rope.get("rope_theta", 1.0)
+    if type(theta) not in (int, float) or not 0 < theta < math.inf:
+        raise InputError(f"{path}: rope_theta = {theta!r}; it must be a positive number")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type in _LENGTH_DEPENDENT_ROPE:
         raise UnsupportedModelError(
             f"{path}: rope type {rope_type!r} depends on the length at run time, which a graph "
             "would freeze; remove rope_scaling to export for the original context length"
+        )
+    if rope_type not in _ROPE_TYPES:
+        raise UnsupportedModelError(
+            f"{path}: rope type {rope_type!r} is not supported; "
+            f"supported are {', '.join(_ROPE_TYPES)}"
         )
 
 
@@ -63,6 +79,8 @@ def load_config(directory: Path, raw: dict[str, Any]) -> "transformers.Pretraine
         UnsupportedModelError: as `check_config`.
     """
     import transformers  # noqa: PLC0415  # 1.4 s that a dry run does not pay
+    from huggingface_hub.errors import StrictDataclassError  # noqa: PLC0415
+    from transformers.activations import ACT2FN  # noqa: PLC0415
 
     path = directory / "config.json"
     check_config(path, raw)
@@ -70,11 +88,15 @@ def load_config(directory: Path, raw: dict[str, Any]) -> "transformers.Pretraine
         config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
             directory, local_files_only=True
         )
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        first_line = next(iter(str(error).strip().splitlines()), repr(error))
-        raise InputError(
-            f"{path}: transformers refuses it ({first_line}); repair the file"
-        ) from error
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        reason = " ".join(str(error).split()) or repr(error)
+        raise InputError(f"{path}: transformers refuses it ({reason}); repair the file") from error
+    _check_heads(path, config.num_attention_heads, config.num_key_value_heads)
+    if config.hidden_act not in ACT2FN:
+        raise UnsupportedModelError(
+            f"{path}: hidden_act {config.hidden_act!r} is not an activation of transformers; "
+            "repair the file or update transformers"
+        )
     return config
 
 
@@ -85,17 +107,24 @@ def _check_sizes(path: Path, raw: dict[str, Any]) -> None:
             raise InputError(
                 f"{path}: {key} = {value!r}; it must be a whole number from 1 to {_LIMIT}"
             )
-    heads = raw["num_attention_heads"]
-    kv_heads = raw.get("num_key_value_heads") or heads
+    heads, kv_heads = raw["num_attention_heads"], raw.get("num_key_value_heads")
+    _check_heads(path, heads, heads if kv_heads is None else kv_heads)
+    head_dim = raw.get("head_dim")
+    if head_dim is None and raw["hidden_size"] % heads:
+        raise InputError(
+            f"{path}: num_attention_heads = {heads} does not divide hidden_size = "
+            f"{raw['hidden_size']}"
+        )
+    head_dim = raw["hidden_size"] // heads if head_dim is None else head_dim
+    if type(head_dim) is not int or not 0 < head_dim <= _LIMIT or head_dim % 2:
+        raise InputError(f"{path}: head_dim = {head_dim!r}; RoPE needs a positive even number")
+
+
+def _check_heads(path: Path, heads: int, kv_heads: Any) -> None:
     if type(kv_heads) is not int or kv_heads < 1 or heads % kv_heads:
         raise InputError(
             f"{path}: num_key_value_heads = {kv_heads!r} does not divide "
             f"num_attention_heads = {heads}"
-        )
-    if raw.get("head_dim") is None and raw["hidden_size"] % heads:
-        raise InputError(
-            f"{path}: num_attention_heads = {heads} does not divide "
-            f"hidden_size = {raw['hidden_size']}"
         )
 
 

@@ -51,12 +51,14 @@ def read_json(path: Path) -> Any:
     Raises:
         InputError: it is missing, too large, not UTF-8 or not JSON; the message says where.
     """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a complete model directory")
     try:
         if path.stat().st_size > _JSON_LIMIT:
             raise InputError(f"{path}: larger than {_JSON_LIMIT} bytes; this is not such a file")
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; give a complete model directory") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the file") from error
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: not UTF-8 text at byte {error.start}; download it again"
@@ -65,8 +67,8 @@ def read_json(path: Path) -> Any:
         raise InputError(
             f"{path}:{error.lineno}:{error.colno}: not JSON ({error.msg}); download it again"
         ) from error
-    except RecursionError as error:
-        raise InputError(f"{path}: JSON nested too deeply; download it again") from error
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits; brackets in brackets
+        raise InputError(f"{path}: not sensible JSON ({error}); download it again") from error
 
 
 class Checkpoint:
@@ -110,7 +112,7 @@ class Checkpoint:
             for name in names:
                 if Path(name).name != name:
                     raise InputError(
-                        f"{index}: shard {name!r} is not a plain file name; refuse the file"
+                        f"{index}: shard {name!r} is not a plain file name; download it again"
                     )
                 if not (self.directory / name).exists():
                     held = [t for t, shard in _weight_map(index).items() if shard == name]
@@ -156,6 +158,8 @@ class Checkpoint:
         if first not in self.tensors or second not in self.tensors:
             return True
         a, b = self.tensors[first], self.tensors[second]
+        check_float(a)
+        check_float(b)
         return (a.dtype, a.shape) == (b.dtype, b.shape) and bool(np.array_equal(_map(a), _map(b)))
 
 
@@ -195,8 +199,11 @@ class CheckpointSource:
 
 
 def _map(entry: TensorEntry) -> NDArray[Any]:
-    with entry.file.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        with entry.file.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise InputError(f"{entry.file}: cannot be read ({error.strerror}); check it") from error
     dtype = np.dtype(_DTYPES[entry.dtype])
     flat: NDArray[Any] = np.frombuffer(
         mapped, dtype=dtype, count=(entry.end - entry.start) // dtype.itemsize, offset=entry.start
@@ -215,7 +222,7 @@ def _config(directory: Path) -> dict[str, Any]:
             "choose a model that transformers supports itself"
         )
     if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UnsupportedModelError(
             f"{path}: the weights are already quantized ({method}); give the original float model"
         )
@@ -238,27 +245,20 @@ def _header(file: Path) -> list[TensorEntry]:
     """The tensors of a safetensors file, every extent checked against the file's size."""
     if not file.is_file():
         raise InputError(f"{file}: not a regular file; give a complete model directory")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        if start[:8] == b"version ":
-            raise InputError(f"{file}: a git-lfs pointer, not the weights; run `git lfs pull`")
-        if start.lstrip()[:1] in (b"<", b"{"):
-            raise InputError(
-                f"{file}: not safetensors, looks like a web page or JSON; download it again"
-            )
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
-            raise InputError(
-                f"{file}: header of {length} bytes in a file of {size}; the file is truncated or "
-                "not safetensors, download it again"
-            )
-        try:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
+                raise InputError(f"{file}: {_what_it_is(start, length, size)}")
             header = json.loads(stream.read(length).decode("utf-8"))
-            header.pop("__metadata__", None)
-            entries = [_entry(file, name, value, 8 + length) for name, value in header.items()]
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{file}: header is damaged ({error}); download it again") from error
+        header.pop("__metadata__", None)
+        entries = [_entry(file, name, value, 8 + length) for name, value in header.items()]
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); check it") from error
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{file}: header is damaged ({error}); download it again") from error
     for entry in entries:
         if entry.end > size:
             raise InputError(
@@ -268,9 +268,23 @@ def _header(file: Path) -> list[TensorEntry]:
     return entries
 
 
+def _what_it_is(start: bytes, length: int, size: int) -> str:
+    """What a file with an impossible header length looks like, and what to do."""
+    if start == b"version ":
+        return "a git-lfs pointer, not the weights; run `git lfs pull`"
+    if start.lstrip()[:1] in (b"<", b"{"):
+        return "not safetensors, looks like a web page or JSON; download it again"
+    return (
+        f"header of {length} bytes in a file of {size}, which is truncated or not safetensors; "
+        "download it again"
+    )
+
+
 def _entry(file: Path, name: str, value: dict[str, Any], base: int) -> TensorEntry:
     first, last = value["data_offsets"]
-    shape = tuple(int(n) for n in value["shape"])
+    shape = tuple(value["shape"])
+    if any(type(n) is not int for n in (first, last, *shape)):
+        raise TypeError(f"tensor {name} has offsets or sizes that are no whole numbers")
     dtype = value["dtype"]
     if dtype in _DTYPES:
         expected = int(np.prod(shape, dtype=object)) * np.dtype(_DTYPES[dtype]).itemsize

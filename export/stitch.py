@@ -254,6 +254,9 @@ def assign_names(model: ir.Model) -> None:
         for position, output in enumerate(node.outputs):
             if output.name not in reserved:
                 output.name = f"{node.name}_output_{position}"
+    for value in [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]:
+        if value.shape is not None:
+            value.shape = ir.Shape([_dimension(size) for size in value.shape])
     constants: Counter[str] = Counter()
     for name, value in list(model.graph.initializers.items()):
         if value.const_value is not None and (name.startswith("val_") or "/" not in name):
@@ -264,3 +267,12 @@ def assign_names(model: ir.Model) -> None:
             constants[base] += 1
             value.name = f"{base}_{number}" if number else base
             model.graph.initializers[value.name] = value
+
+
+def _dimension(size: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+    """The tracer spells a cache's length as a sum, in one order or the other; it has a name."""
+    if isinstance(size, int) or size.value is None:
+        return size
+    terms = sorted(size.value.split(" + "))
+    is_total = terms == ["past_sequence_length", "sequence_length"]
+    return ir.SymbolicDim("total_sequence_length") if is_total else size

@@ -147,8 +147,8 @@ def capture(
 ) -> dict[str, Activation]:
     """What the quantizers of `recipe` would meet on a text, before and after its rotations.
 
-    "Before" has the recipe's folding of norm scales and no rotation: the unrotated baseline. Both
-    models run in float32, one after the other, from a temporary directory.
+    "Before" is the Hugging Face model as it is. Both models run in float32, one after the other,
+    from a temporary directory.
 
     Args:
         checkpoint: a Hugging Face directory.
@@ -171,7 +171,7 @@ def capture(
             f"token_ids: shape {list(tokens.shape)}; give at least one token, [tokens]"
         )
     rotated = recipe.model_copy(update=_FLOAT)
-    plain = rotated.model_copy(update={"rotations": _without_rotations(recipe.rotations)})
+    plain = rotated.model_copy(update={"rotations": _NO_ROTATIONS})
     with _Observed(checkpoint, plain, tokens) as observed:
         if layers is None:
             before, kept = observed.measure(None)
@@ -197,17 +197,9 @@ _FLOAT = {
     "activations": Activations(bits=16),
     "kv_cache": KvCache(bits=16),
 }
-
-
-def _without_rotations(rotations: Rotations) -> Rotations:
-    return Rotations(
-        fold_norm_scale=rotations.fold_norm_scale,
-        r1="none",
-        r2=False,
-        heads=False,
-        r3=False,
-        r4=False,
-    )
+_NO_ROTATIONS = Rotations(
+    fold_norm_scale=False, r1="none", r2=False, heads=False, r3=False, r4=False
+)
 
 
 _ByLayer = dict[int, dict[str, Float32]]

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import secrets
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -42,8 +43,10 @@ def publish(target: Path, *, force: bool = False) -> Iterator[Path]:
         UsageError: `target` exists and is not empty (unless `force` and it is an artifact of ours).
         ResourceError: no space, or no permission to write there.
     """
+    target = target.resolve()  # "." and a link have no name of their own to build beside
     _check_target(target, force=force)
-    staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    unique = f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}"
+    staging, replaced = (target.with_name(f"{unique}.{kind}") for kind in ("partial", "replaced"))
     previous_handler = signal.getsignal(signal.SIGTERM)
     try:
         signal.signal(signal.SIGTERM, _terminate)
@@ -54,8 +57,13 @@ def publish(target: Path, *, force: bool = False) -> Iterator[Path]:
         staging.mkdir()
         yield staging
         if target.exists():
-            shutil.rmtree(target)
-        staging.rename(target)
+            target.rename(replaced)
+        try:
+            staging.rename(target)
+        finally:
+            if replaced.exists() and not target.exists():
+                replaced.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise _resource_error(error, target) from error
     finally:
@@ -116,30 +124,39 @@ def save_model(model: ir.Model, directory: Path, progress: Progress | None = Non
         v for v in values if v.const_value is not None and v.const_value.nbytes > _INLINE_BYTES
     ]
     total = sum(v.const_value.nbytes for v in large if v.const_value is not None)
-    external: list[tuple[ir.Value, ir.TensorProtocol]] = []
-    with (directory / DATA).open("wb") as file:
+    stored: list[tuple[ir.Value, ir.TensorProtocol]] = []
+    with (directory / DATA).open("w+b") as file:
         for value in large:
             tensor = value.const_value
             assert tensor is not None
             offset = _align(file, tensor.nbytes)
             _write(file, tensor)
-            external.append((value, _external(value, tensor, offset, directory)))
+            stored.append((value, _external(value, tensor, offset, directory)))
             if progress is not None:
                 progress(file.tell(), total)
         file.flush()
         os.fsync(file.fileno())
-    kept = [(value, value.const_value) for value, _ in external]
+    written = {value for value, _ in stored}
+    stored += [(value, _computed(value)) for value in values if value not in written]
+    kept = [(value, value.const_value) for value, _ in stored]
     try:
-        for value, reference in external:
-            value.const_value = reference
+        for value, tensor in stored:
+            value.const_value = tensor
         proto = ir.to_proto(model)
     finally:
-        for value, tensor in kept:
-            value.const_value = tensor
+        for value, lazy in kept:
+            value.const_value = lazy
     with (directory / MODEL).open("wb") as file:
         file.write(proto.SerializeToString(deterministic=True))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _computed(value: ir.Value) -> ir.TensorProtocol:
+    """A small tensor's numbers, computed here because `ir.to_proto` would wrap an error of theirs."""
+    tensor = value.const_value
+    assert tensor is not None
+    return ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
 
 
 def _align(file: IO[bytes], size: int) -> int:

@@ -25,6 +25,7 @@ WINDOWS, WINDOW_LENGTH = 32, 256
 Progress = Callable[[int, int], None]
 """Called with the windows done and the windows in all."""
 
+_BASELINES = 3  # what `baselines` evaluates
 _LOGITS_AT_ONCE = 1 << 24  # 64 MB in float32: windows are batched up to here
 
 
@@ -214,8 +215,9 @@ def evaluate(
     ids = load_tokenizer(artifact).encode(content, add_special_tokens=False)
     cut = windows(ids, count, length, where=str(text))
     model = OnnxModel(artifact, runtime=runtime, threads=threads)
+    shares = iter(_shares(progress, 1 + decode + (0 if reference is None else _BASELINES)))
     result: dict[str, Any] = {
-        "perplexity": perplexity(model, cut, progress=progress),
+        "perplexity": perplexity(model, cut, progress=next(shares)),
         "windows": count,
         "window_length": length,
         "tokens": len(ids),
@@ -224,7 +226,7 @@ def evaluate(
         "cache_bytes_per_token": model.cache_bytes_per_token,
     }
     if decode:
-        by_decode = decode_perplexity(model, cut)
+        by_decode = decode_perplexity(model, cut, progress=next(shares))
         result["decode"] = {
             "perplexity": by_decode.perplexity,
             "top1_agreement": by_decode.top1_agreement,
@@ -232,13 +234,26 @@ def evaluate(
         }
     if reference is not None:
         del model
-        found = baselines(reference, manifest, cut, runtime=runtime, threads=threads)
+        found = baselines(
+            reference, manifest, cut, runtime=runtime, threads=threads, progress=list(shares)
+        )
         result["baselines"] = found
         damage = math.log(found["unrotated"] / found["fp32"])
         if damage > 0:
             kept = math.log(result["perplexity"] / found["fp32"])
             result["damage_removed"] = 1 - kept / damage
     return result
+
+
+def _shares(progress: Progress | None, parts: int) -> list[Progress | None]:
+    """Callbacks for `parts` evaluations of the same windows, one after the other, as one."""
+    if progress is None:
+        return [None] * parts
+
+    def share(part: int) -> Progress:
+        return lambda done, total: progress(part * total + done, parts * total)
+
+    return [share(part) for part in range(parts)]
 
 
 def baselines(
@@ -248,7 +263,7 @@ def baselines(
     *,
     runtime: str = "ort-cpu",
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Sequence[Progress | None] = (None,) * _BASELINES,
 ) -> dict[str, float]:
     """Perplexities to stand beside a rotated model's, on the same windows.
 
@@ -258,7 +273,7 @@ def baselines(
         windows: [N, T].
         runtime: where the exports run.
         threads: of one operator.
-        progress: called after each batch of windows of each baseline.
+        progress: for each of the baselines, called after each batch of windows.
 
     Returns:
         ``fp32`` by PyTorch; ``folded`` and ``unrotated``: the same bits without rotations, with
@@ -269,11 +284,10 @@ def baselines(
     from quarot_onnx.reference import HuggingFaceModel  # noqa: PLC0415  # imports torch
 
     recipe = Recipe.model_validate(manifest["recipe"])
-    found = {
-        "fp32": perplexity(HuggingFaceModel(model_dir, threads=threads), windows, progress=progress)
-    }
+    original = HuggingFaceModel(model_dir, threads=threads)
+    found = {"fp32": perplexity(original, windows, progress=progress[0])}
     with tempfile.TemporaryDirectory(prefix="quarot-onnx-") as directory:
-        for name, fold in (("folded", True), ("unrotated", False)):
+        for index, (name, fold) in enumerate((("folded", True), ("unrotated", False)), start=1):
             off = Rotations(
                 fold_norm_scale=fold, r1="none", r2=False, heads=False, r3=False, r4=False
             )
@@ -285,5 +299,5 @@ def baselines(
                 dtype=manifest["dtype"],
             )
             model = OnnxModel(out, runtime=runtime, threads=threads)
-            found[name] = perplexity(model, windows, progress=progress)
+            found[name] = perplexity(model, windows, progress=progress[index])
     return found

@@ -38,7 +38,7 @@ LARGEST_FACTOR: Final = 1024
 """The largest factor, powers of two apart, of any plan: a larger one costs as much as a linear."""
 
 _LARGEST_DENSE: Final = 128  # up to here BLAS runs one product faster than batches of small ones
-_CHUNK_BYTES: Final = 4 << 20  # a product holds a few arrays of this size: they stay in cache
+_LARGEST_PRODUCT: Final = 1 << 18  # multiply-adds; OpenBLAS takes one thread up to here
 
 # First rows of symmetric circulants A, B, C, D of order n/4, A² + B² + C² + D² = n I (Williamson
 # 1944, who gave 172; 92 is Baumert, Golomb and Hall 1962): the orders up to 172 that no other
@@ -470,10 +470,7 @@ def _rotate(
     in_size: int,
     out_size: int,
 ) -> NDArray[Float]:
-    """The product x (I ⊗ A ⊗ B) along an axis, with zeros appended first or the end cut off.
-
-    A few rows at a time, so that a weight of any size needs little memory besides the result.
-    """
+    """The product x (I ⊗ A ⊗ B) along an axis, with zeros appended first or the end cut off."""
     _require_float(x)
     if axis != -1 and (axis, x.ndim) != (0, 2):
         raise UnsupportedModelError(
@@ -486,23 +483,38 @@ def _rotate(
             " features of the plan; use the plan of that axis' own size"
         )
     A, B = (matrix.astype(x.dtype) for matrix in matrices)
-    a, b = len(A), len(B)
-    rows = (x if axis == -1 else x.T).reshape(-1, in_size)
-    result = np.empty((*x.shape[:-1], out_size) if axis == -1 else (out_size, x.shape[1]), x.dtype)
-    result_rows = result.reshape(-1, out_size) if axis == -1 else result.T
-    full_size = max(in_size, out_size)
-    step = max(1, _CHUNK_BYTES // (full_size * x.itemsize))
-    H = np.kron(A, B) if a * b <= _LARGEST_DENSE else None
-    for start in range(0, len(rows), step):
-        chunk = rows[start : start + step]
-        if in_size < full_size:
-            chunk = np.pad(chunk, ((0, 0), (0, full_size - in_size)))
-        if H is not None:
-            chunk = chunk.reshape(-1, a * b) @ H
-        else:
-            chunk = A.T @ (chunk.reshape(-1, b) @ B).reshape(-1, a, b)
-        result_rows[start : start + step] = chunk.reshape(-1, full_size)[:, :out_size]
-    return result
+    if len(A) * len(B) <= _LARGEST_DENSE:
+        A, B = np.ones((1, 1), x.dtype), np.kron(A, B)
+    if in_size < out_size:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, out_size - in_size)
+        x = np.pad(x, widths)
+    after = 1 if axis == -1 else x.shape[1]
+    rotated = _mix(_mix(x, B, after), A, len(B) * after).reshape(x.shape)
+    return rotated[..., :out_size] if axis == -1 else rotated[:out_size]
+
+
+def _mix(x: NDArray[Float], M: NDArray[Float], after: int) -> NDArray[Float]:
+    """Mᵀ times the middle axis of x seen as [-1, m, after].
+
+    As many products, each too small for BLAS to share among threads: those would wait for each
+    other longer than they work, and the last bits could depend on their number.
+    """
+    m = len(M)
+    if m == 1:
+        return x * M
+    columns = 1 << max(3, (_LARGEST_PRODUCT // m**2).bit_length() - 1)
+    if after == 1:
+        rows = math.gcd(x.size // m, columns)
+        return x.reshape(-1, rows, m) @ M
+    y = np.empty((x.size // (m * after), m, after), x.dtype)
+    width = math.gcd(after, columns)
+
+    def pieces(array: NDArray[Float]) -> NDArray[Float]:
+        return array.reshape(len(y), m, after // width, width).swapaxes(1, 2)
+
+    np.matmul(M.T, pieces(x), out=pieces(y))
+    return y
 
 
 def _require_float(x: NDArray[Any]) -> None:

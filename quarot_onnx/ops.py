@@ -236,6 +236,8 @@ _HADAMARD_HEADS = """
     y = CastLike (y32, x)
 """
 
+# The ratio is a quotient of negative numbers because ONNX Runtime rewrites ``x * (1 / q)`` to ``x / q``,
+# which is not the same float where clip_ratio is 1.
 _QUANTIZE_INT4 = """
     one = Constant <value_float = 1.0> ()
     two = Constant <value_float = 2.0> ()
@@ -249,7 +251,9 @@ _QUANTIZE_INT4 = """
     qmax = Sub (levels, one)
     qmin = Neg (levels)
     clip = Constant <value_float: float = @clip_ratio> ()
-    ratio = Div (clip, qmax)
+    minus_clip = Neg (clip)
+    minus_qmax = Neg (qmax)
+    ratio = Div (minus_clip, minus_qmax)
     x32 = Cast <to = 1> (x)
     magnitude = Abs (x32)
     amax = ReduceMax <keepdims = 1> (magnitude, last)
@@ -312,7 +316,9 @@ _QUANTIZE_KV = """
     levels = Pow (two, bits_float)
     qmax = Sub (levels, one)
     clip = Constant <value_float: float = @clip_ratio> ()
-    ratio = Div (clip, qmax)
+    minus_clip = Neg (clip)
+    minus_qmax = Neg (qmax)
+    ratio = Div (minus_clip, minus_qmax)
     x32 = Cast <to = 1> (new)
     minimum = ReduceMin <keepdims = 1> (x32, last)
     maximum = ReduceMax <keepdims = 1> (x32, last)
@@ -322,8 +328,7 @@ _QUANTIZE_KV = """
     is_zero = Equal (span, zero_float)
     clipped_scale = Mul (span, ratio)
     scale = Where (is_zero, one, clipped_scale)
-    depth = Neg (low_end)
-    clipped_depth = Mul (depth, clip)
+    clipped_depth = Mul (low_end, minus_clip)
     zero_ratio = Div (clipped_depth, scale)
     zero = Round (zero_ratio)
     scaled = Div (x32, scale)
@@ -332,15 +337,16 @@ _QUANTIZE_KV = """
     code = Clip (shifted, zero_float, qmax)
 """
 
+# In a Reshape's target shape 0 keeps an axis: a constant instead of nodes that compute a shape, each
+# of which costs a decode step as much as arithmetic on a head.
 _PACK_KV = """
-    pair = Constant <value_ints = [-1, 2]> ()
-    leading = Shape <end = 3> (code)
-    paired_shape = Concat <axis = 0> (leading, pair)
+    paired_shape = Constant <value_ints = [0, 0, 0, -1, 2]> ()
     paired = Reshape (code, paired_shape)
-    nibble_weight = Constant <value_floats = [1.0, 16.0]> ()
-    weighted = Mul (paired, nibble_weight)
-    byte = ReduceSum <keepdims = 0> (weighted, last)
-    stored = Cast <to = 2> (byte)
+    nibble_weights = Constant <value = float[2, 1] {1.0, 16.0}> ()
+    bytes_in_column = MatMul (paired, nibble_weights)
+    stored_shape = Constant <value_ints = [0, 0, 0, -1]> ()
+    bytes = Reshape (bytes_in_column, stored_shape)
+    stored = Cast <to = 2> (bytes)
 """
 
 _STORE_KV = """
@@ -360,91 +366,95 @@ _FAKE_QUANTIZE = """
 """
 
 # A packed byte holds an even channel (low nibble) and the odd one after it. Instead of interleaving
-# the whole cache, the few queries are put in the order "evens, then odds" and the few outputs back
-# from it.
-_UNPACK_CACHE = """
-    low_mask = Constant <value = uint8 {15}> ()
-    four = Constant <value = uint8 {4}> ()
-    key_even = BitwiseAnd (key, low_mask)
-    key_odd = BitShift <direction = "RIGHT"> (key, four)
-    key_code = Concat <axis = -1> (key_even, key_odd)
-    value_even = BitwiseAnd (value, low_mask)
-    value_odd = BitShift <direction = "RIGHT"> (value, four)
-    value_code = Concat <axis = -1> (value_even, value_odd)
-    half = Shape <start = -1> (key)
-    two = Constant <value_ints = [2]> ()
-    query_pairs_shape = Concat <axis = 0> (grouped_leading, half, two)
-    query_pairs = Reshape (grouped, query_pairs_shape)
-    query_halves = Transpose <perm = [0, 1, 2, 4, 3]> (query_pairs)
-    query = Reshape (query_halves, grouped_shape)
+# the whole cache, the few queries are split into even and odd channels and the few outputs put
+# together. The nibbles are taken in float32, exactly: ONNX Runtime has vector code there, and none
+# for bits of uint8.
+_UNPACK = """
+    {0}_byte = Cast <to = 1> ({0})
+    {0}_sixteenth = Mul ({0}_byte, sixteenth)
+    {0}_odd = Floor ({0}_sixteenth)
+    {0}_odd_part = Mul ({0}_odd, sixteen)
+    {0}_even = Sub ({0}_byte, {0}_odd_part)
 """
 
-_CACHE_AS_IT_IS = """
-    key_code = Identity (key)
-    value_code = Identity (value)
-    query = Identity (grouped)
+_PACKED_DOTS = f"""
+    sixteen = Constant <value_float = 16.0> ()
+    sixteenth = Constant <value_float = 0.0625> ()
+    pairs = Constant <value_ints = [0, 0, 0, -1, 2]> ()
+    first = Constant <value_int = 0> ()
+    second = Constant <value_int = 1> ()
+    query_pairs = Reshape (grouped, pairs)
+    query_even = Gather <axis = -1> (query_pairs, first)
+    query_odd = Gather <axis = -1> (query_pairs, second)
+    {_UNPACK.format("key")}
+    key_even_columns = Transpose <perm = [0, 1, 3, 2]> (key_even)
+    key_odd_columns = Transpose <perm = [0, 1, 3, 2]> (key_odd)
+    even_dots = MatMul (query_even, key_even_columns)
+    odd_dots = MatMul (query_odd, key_odd_columns)
+    dots = Add (even_dots, odd_dots)
 """
 
-_RESTORE_CHANNELS = """
-    output_leading = Shape <end = 3> (centred_output)
-    output_halves_shape = Concat <axis = 0> (output_leading, two, half)
-    output_halves = Reshape (centred_output, output_halves_shape)
-    output = Transpose <perm = [0, 1, 2, 4, 3]> (output_halves)
+_PACKED_OUTPUT = f"""
+    {_UNPACK.format("value")}
+    even_output = MatMul (scaled_weights, value_even)
+    odd_output = MatMul (scaled_weights, value_odd)
+    even_column = Unsqueeze (even_output, last)
+    odd_column = Unsqueeze (odd_output, last)
+    output_pairs = Concat <axis = -1> (even_column, odd_column)
+    joined = Constant <value_ints = [0, 0, 0, -1]> ()
+    coded_output = Reshape (output_pairs, joined)
 """
 
-_CHANNELS_AS_THEY_ARE = """
-    output = Identity (centred_output)
+_DOTS = """
+    key32 = Cast <to = 1> (key)
+    key_columns = Transpose <perm = [0, 1, 3, 2]> (key32)
+    dots = MatMul (grouped, key_columns)
+"""
+
+_OUTPUT = """
+    value32 = Cast <to = 1> (value)
+    coded_output = MatMul (scaled_weights, value32)
 """
 
 
-def _attention_body(unpack: str, restore: str) -> str:
+def _attention_body(dots: str, output: str) -> str:
     """Attention over codes: zero points and scales act on the small score matrix, not on the cache.
 
-    ``q · ((code - zero) * scale) = (q · code - zero * sum(q)) * scale``, and likewise for V.
+    ``q · ((code - zero) * scale) = (q · code - zero * sum(q)) * scale``, and likewise for V. The
+    queries that read one cache head are the rows of one product: [B, H, G * S, D] with G = Hq / H.
     """
     return f"""
     last = Constant <value_ints = [-1]> ()
-    one_axis = Constant <value_ints = [1]> ()
     softmax_scale = Constant <value_float: float = @scale> ()
     masked_score = Constant <value_float = {_MASKED}> ()
     q32 = Cast <to = 1> (q)
     scaled_query = Mul (q32, softmax_scale)
-    batch = Shape <start = 0, end = 1> (q)
-    length = Shape <start = 2, end = 3> (q)
-    size = Shape <start = 3, end = 4> (q)
     heads = Shape <start = 1, end = 2> (key)
-    grouped_shape = Concat <axis = 0> (batch, heads, last, size)
-    grouped_leading = Concat <axis = 0> (batch, heads, last)
+    same_batch = Constant <value_ints = [0]> ()
+    any_rows_same_columns = Constant <value_ints = [-1, 0]> ()
+    grouped_shape = Concat <axis = 0> (same_batch, heads, any_rows_same_columns)
     grouped = Reshape (scaled_query, grouped_shape)
-    {unpack}
-    key32 = Cast <to = 1> (key_code)
-    key_columns = Transpose <perm = [0, 1, 3, 2]> (key32)
-    dots = MatMul (query, key_columns)
+    {dots}
+    row = Constant <value_ints = [0, 0, 1, -1]> ()
     query_sum = ReduceSum <keepdims = 1> (grouped, last)
-    key_zero_row = Transpose <perm = [0, 1, 3, 2]> (key_zero)
-    key_scale_row = Transpose <perm = [0, 1, 3, 2]> (key_scale)
+    key_zero_row = Reshape (key_zero, row)
+    key_scale_row = Reshape (key_scale, row)
     zero_share = Mul (query_sum, key_zero_row)
     centred = Sub (dots, zero_share)
     scores = Mul (centred, key_scale_row)
-    total = Shape <start = 3, end = 4> (scores)
-    score_shape = Concat <axis = 0> (batch, heads, last, length, total)
+    query_rows = Shape <end = 3> (q)
+    score_shape = Concat <axis = 0> (query_rows, last)
     scores_by_query = Reshape (scores, score_shape)
-    visible = Unsqueeze (mask, one_axis)
-    masked = Where (visible, scores_by_query, masked_score)
+    masked = Where (mask, scores_by_query, masked_score)
     weights_by_query = Softmax <axis = -1> (masked)
-    folded_shape = Shape (scores)
-    weights = Reshape (weights_by_query, folded_shape)
-    value_scale_row = Transpose <perm = [0, 1, 3, 2]> (value_scale)
-    value_zero_row = Transpose <perm = [0, 1, 3, 2]> (value_zero)
+    weights = Reshape (weights_by_query, grouped_shape)
+    value_scale_row = Reshape (value_scale, row)
     scaled_weights = Mul (weights, value_scale_row)
-    value32 = Cast <to = 1> (value_code)
-    coded_output = MatMul (scaled_weights, value32)
-    zero_weights = Mul (scaled_weights, value_zero_row)
-    output_shift = ReduceSum <keepdims = 1> (zero_weights, last)
+    {output}
+    output_shift = MatMul (scaled_weights, value_zero)
     centred_output = Sub (coded_output, output_shift)
-    {restore}
     shape = Shape (q)
-    y32 = Reshape (output, shape)
+    y32 = Reshape (centred_output, shape)
     y = CastLike (y32, q)
     """
 
@@ -543,7 +553,7 @@ OPERATORS: Mapping[str, Operator] = {
             _ATTENTION_INPUTS,
             ("y",),
             {"scale": float},
-            _attention_body(_UNPACK_CACHE, _RESTORE_CHANNELS),
+            _attention_body(_PACKED_DOTS, _PACKED_OUTPUT),
             kv_attention,
         ),
         Operator(
@@ -551,7 +561,7 @@ OPERATORS: Mapping[str, Operator] = {
             _ATTENTION_INPUTS,
             ("y",),
             {"scale": float},
-            _attention_body(_CACHE_AS_IT_IS, _CHANNELS_AS_THEY_ARE),
+            _attention_body(_DOTS, _OUTPUT),
             kv_attention,
         ),
     )

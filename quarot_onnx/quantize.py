@@ -13,7 +13,7 @@ from quarot_onnx.weights import Float64
 _SHRINK_PERCENT = np.arange(100, 20, -1)
 """The clip search's candidates: 1 - i / 100 for i = 0..79, QuaRot's ``--w_clip`` grid."""
 
-_HISTOGRAM_ENTRIES = 1 << 22
+_HISTOGRAM_ENTRIES = 1 << 17  # 1 MB: the histograms of a few columns stay in cache
 
 
 def qmax(bits: int) -> int:

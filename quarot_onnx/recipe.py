@@ -136,7 +136,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path}: cannot be read ({error.strerror}); give a preset or a file"
         ) from error
-    except (UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number of 5000 digits
         raise UsageError(f"{path}: not TOML ({error}); see `quarot-onnx recipes`") from error
 
 
@@ -146,7 +146,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise UsageError(f"--set {override}: not KEY=VALUE; for example kv_cache.io=float")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         value = text.strip()
     *tables, last = key.strip().split(".")
     table = content

@@ -3,10 +3,12 @@
 
 `CausalModel` is what evaluation, validation and generation need: a cache and a step. `OnnxModel`
 implements it on ONNX Runtime; the PyTorch models of `quarot_onnx.reference` implement it too.
-Neither torch nor onnx is imported here.
+torch is not imported here.
 """
 
+import ctypes
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -38,6 +40,7 @@ RUNTIMES: tuple[Runtime, ...] = ("ort-cpu", "ort-cuda", "tensorrt")
 
 _PAST, _PRESENT = "past_key_values.", "present."
 _QUIET = 4  # onnxruntime: fatal only; what goes wrong reaches us as an exception
+_ORT_CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
 _DTYPES: dict[str, Any] = {
     "tensor(uint8)": np.uint8,
@@ -131,6 +134,8 @@ class OnnxModel:
         self.artifact = artifact
         self.session = load_session(artifact / MODEL, runtime=runtime, threads=threads)
         self._cache_inputs = [i for i in self.session.get_inputs() if i.name.startswith(_PAST)]
+        ports = [*self.session.get_inputs(), *self.session.get_outputs()]
+        self._has_bfloat16 = any(port.type == "tensor(bfloat16)" for port in ports)
         self._inputs = {i.name for i in self.session.get_inputs()}
         self._outputs = [o.name for o in self.session.get_outputs()]
         by_name = {o.name: o for o in self.session.get_outputs()}
@@ -191,10 +196,11 @@ class OnnxModel:
 
         Raises:
             ResourceError: not enough memory.
+            InputError: the graph does not compute.
         """
         errors = _ort_errors()
         try:
-            if any(array.dtype == ml_dtypes.bfloat16 for array in feed.values()):
+            if self._has_bfloat16:
                 return self._run_bfloat16(feed)
             return dict(zip(self._outputs, self.session.run(self._outputs, feed), strict=True))
         except errors as error:
@@ -204,7 +210,10 @@ class OnnxModel:
                     f"{self.artifact / MODEL}: not enough memory for input_ids of {list(shape)}; "
                     "use fewer or shorter windows"
                 ) from error
-            raise
+            raise InputError(
+                f"{self.artifact / MODEL}: fails in ONNX Runtime ({_first_line(error)}); "
+                "export again"
+            ) from error
 
     def _run_bfloat16(self, feed: dict[str, Any]) -> dict[str, Any]:
         """NumPy has no bfloat16 of its own, so these arrays cross as their bits."""
@@ -221,11 +230,21 @@ class OnnxModel:
         }
         results = self.session.run_with_ort_values(self._outputs, values)
         return {
-            name: result.numpy().view(ml_dtypes.bfloat16)
+            name: _bfloat16_array(result)
             if result.data_type() == "tensor(bfloat16)"
             else result.numpy()
             for name, result in zip(self._outputs, results, strict=True)
         }
+
+
+def _bfloat16_array(value: "onnxruntime.OrtValue") -> NDArray[Any]:
+    """A copy of a tensor that ONNX Runtime does not turn into an array by itself."""
+    shape = value.shape()
+    if 0 in shape:
+        return np.empty(shape, ml_dtypes.bfloat16)
+    held = (ctypes.c_uint16 * int(np.prod(shape))).from_address(value.data_ptr())
+    copied: NDArray[Any] = np.array(held, np.uint16).view(ml_dtypes.bfloat16).reshape(shape)
+    return copied
 
 
 def _present(name: str) -> str:
@@ -234,7 +253,7 @@ def _present(name: str) -> str:
 
 def _ort_errors() -> tuple[type[Exception], ...]:
     """ONNX Runtime's exceptions, which share no base but Exception."""
-    from onnxruntime.capi import (  # type: ignore[import-untyped]  # noqa: PLC0415
+    from onnxruntime.capi import (  # noqa: PLC0415
         onnxruntime_pybind11_state as state,
     )
 
@@ -313,7 +332,8 @@ def load_session(
         reason = _first_line(error)
         if type(error).__name__ == "NotImplemented":
             raise UnsupportedModelError(
-                f"{where}: {runtime} cannot run it ({reason}); export with --dtype float32"
+                f"{where}: {runtime} cannot run it ({reason}); "
+                "export with --dtype float32, or choose another --runtime"
             ) from error
         raise InputError(
             f"{where}: ONNX Runtime refuses it ({reason}); the file or {DATA} is damaged, "
@@ -330,7 +350,7 @@ def load_session(
 def _first_line(error: Exception) -> str:
     """What a library says, without ONNX Runtime's codes in front."""
     lines = str(error).strip().splitlines()
-    return lines[0].rpartition("] : ")[2][:200] if lines else type(error).__name__
+    return _ORT_CODE.sub("", lines[0])[:200] if lines else type(error).__name__
 
 
 # --- Text -----------------------------------------------------------------------------------------

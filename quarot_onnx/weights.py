@@ -3,14 +3,18 @@
 
 A `Weight` is an ONNX tensor that knows where its numbers come from and which steps were composed on
 it. Nothing is read until the tensor is written; then it is computed in float64, in blocks where its
-steps allow, and rounded once to its dtype.
+steps allow, and rounded once to its dtype. Threads compute blocks; every block has the same bits on
+any number of them.
 """
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import groupby
+from typing import Any, Protocol, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -20,8 +24,12 @@ from numpy.typing import NDArray
 from quarot_onnx.errors import InputError
 
 Float64 = NDArray[np.float64]
+Index = tuple[slice, ...]
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
-_BLOCK_ELEMENTS = 1 << 22  # 32 MB of float64
+_BLOCK_ELEMENTS = 1 << 20  # 8 MB of float64, of which each thread holds a few
+_THREADS = min(4, os.cpu_count() or 1)
 
 
 class Source(Protocol):
@@ -31,7 +39,7 @@ class Source(Protocol):
     def shape(self) -> tuple[int, ...]:
         """The shape in ONNX layout."""
 
-    def read(self, index: tuple[slice, ...]) -> Float64:
+    def read(self, index: Index) -> Float64:
         """The numbers at `index`, one slice per axis, as float64.
 
         Raises:
@@ -111,26 +119,31 @@ class Weight(ir.TensorProtocol):
         return copy
 
     def free_axis(self) -> int | None:
-        """An axis along which blocks are independent; None where every axis is mixed."""
+        """An axis along which blocks are independent of each other; None where every axis is mixed."""
         mixed = {step.axis % len(self.shape) for step in self._steps}
         free = [axis for axis in range(len(self.shape)) if axis not in mixed]
         return free[-1] if free else None
 
-    def blocks(self) -> Iterator[tuple[tuple[slice, ...], Float64]]:
-        """The finished float64 values, block by block, as (index, values)."""
-        sizes = [int(n) for n in self._source.shape]
-        index = [slice(0, n) for n in sizes]
-        axis = self.free_axis()
-        if axis is None:
-            yield tuple(index), self.read(tuple(index))
-            return
-        others = int(np.prod(sizes)) // max(sizes[axis], 1)
-        step = max(_BLOCK_ELEMENTS // max(others, 1) // 2 * 2, 2)  # even: 4-bit codes share bytes
-        for start in range(0, sizes[axis], step):
-            index[axis] = slice(start, min(start + step, sizes[axis]))
-            yield tuple(index), self.read(tuple(index))
+    def blocks(
+        self, axis: int, finish: Callable[[Float64], _Result]
+    ) -> Iterator[tuple[Index, _Result]]:
+        """`finish` of the unrounded values, block by block along `axis`, as (index, result)."""
+        read = self.read if axis == self.free_axis() else self.float64().__getitem__
+        return _in_order(lambda index: (index, finish(read(index))), self._indices(axis))
 
-    def read(self, index: tuple[slice, ...]) -> Float64:
+    def _indices(self, axis: int | None) -> Iterator[Index]:
+        """Blocks that are whole along every axis but `axis`; one block for None."""
+        sizes = tuple(int(n) for n in self._source.shape)
+        if axis is None or self.size == 0:
+            yield tuple(slice(0, n) for n in sizes)
+            return
+        others = self.size // sizes[axis]
+        step = max(_BLOCK_ELEMENTS // others // 2 * 2, 2)  # even: 4-bit codes share bytes
+        for start in range(0, sizes[axis], step):
+            part = slice(start, min(start + step, sizes[axis]))
+            yield tuple(part if i == axis else slice(0, n) for i, n in enumerate(sizes))
+
+    def read(self, index: Index) -> Float64:
         """The unrounded values at `index`, which is whole along every axis that a step mixes."""
         values = self._source.read(index)
         for step in self._steps:
@@ -138,10 +151,21 @@ class Weight(ir.TensorProtocol):
         return values
 
     def float64(self) -> Float64:
-        """The whole weight, unrounded."""
+        """The whole weight, unrounded: one array, and blocks of it while steps are applied."""
         result = np.empty(self._source.shape, dtype=np.float64)
-        for index, values in self.blocks():
-            result[index] = values
+        is_matrix = result.ndim == 2
+        read = self._source.read
+        stages = [(axis, list(steps)) for axis, steps in groupby(self._steps, lambda s: s.axis % result.ndim)]
+        for mixed, steps in stages or [(0, [])]:
+
+            def apply(index: Index, read=read, steps=steps) -> None:
+                values = read(index)
+                for step in steps:
+                    values = step.apply(values)
+                result[index] = values
+
+            deque(_in_order(apply, self._indices(1 - mixed if is_matrix else None)), maxlen=0)
+            read = result.__getitem__
         return result
 
     def _rounded(self, values: Float64) -> NDArray[Any]:
@@ -160,9 +184,12 @@ class Weight(ir.TensorProtocol):
     def numpy(self) -> NDArray[Any]:
         """The whole weight in its dtype."""
         result = np.empty(self._source.shape, dtype=self._dtype.numpy())
-        for index, values in self.blocks():
-            result[index] = self._rounded(values)
+        self._store(result)
         return result
+
+    def _store(self, target: NDArray[Any]) -> None:
+        for index, rounded in self.blocks(self.free_axis() or 0, self._rounded):
+            target[index] = rounded
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return self.numpy() if dtype is None else self.numpy().astype(dtype)
@@ -179,34 +206,27 @@ class Weight(ir.TensorProtocol):
 
     def tofile(self, file: Any) -> None:
         """Write the bytes at the file's position without holding the whole weight in memory."""
-        if not isinstance(file, io.BufferedWriter) or self.nbytes < _BLOCK_ELEMENTS:
+        if not isinstance(file, io.BufferedRandom) or self.nbytes < _BLOCK_ELEMENTS:
             file.write(self.tobytes())
             return
         file.flush()
         start = file.tell()
-        rows, *rest = (int(n) for n in self._source.shape)
-        item = int(self._dtype.itemsize)
-        row_bytes = int(np.prod(rest)) * item
-        os.truncate(file.fileno(), start + self.nbytes)
-        for index, values in self.blocks():
-            rounded = self._rounded(values)
-            first, offset = index[0].start, (index[1].start if rest else 0) * item
-            if len(rounded) == rows and rest and rounded.shape[1] != rest[0]:
-                for row in range(rows):  # a column block: one strided piece of each row
-                    piece = np.ascontiguousarray(rounded[row])
-                    _write_at(file.fileno(), piece.tobytes(), start + row * row_bytes + offset)
-            else:
-                _write_at(file.fileno(), rounded.tobytes(), start + first * row_bytes)
+        os.posix_fallocate(file.fileno(), start, self.nbytes)  # a full disk fails here, not below
+        shape = tuple(int(n) for n in self._source.shape)
+        self._store(np.memmap(file, self._dtype.numpy(), "r+", start, shape))
         file.seek(start + self.nbytes)
 
 
-def _write_at(descriptor: int, content: bytes, position: int) -> None:
-    """Write all of `content`: one call writes 2 GB at most, and less where the disk is nearly full."""
-    remaining = memoryview(content)
-    while remaining:
-        written = os.pwrite(descriptor, remaining, position)
-        remaining = remaining[written:]
-        position += written
+def _in_order(call: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+    """``map(call, items)`` on threads, which stay at most `_THREADS` results ahead of the reader."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        pending: deque[Future[_Result]] = deque()
+        for item in items:
+            pending.append(pool.submit(call, item))
+            if len(pending) > _THREADS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 Quantizer = Callable[[Float64], tuple[NDArray[np.int8], NDArray[np.float32]]]
@@ -239,13 +259,8 @@ class QuantizedWeight:
         in_features, out_features = (int(n) for n in self._weight.shape)
         codes = np.empty((in_features, out_features), dtype=np.int8)
         scale = np.empty(out_features, dtype=np.float32)
-        blocks = (
-            self._weight.blocks()
-            if self._weight.free_axis() == 1
-            else [((slice(None), slice(None)), self._weight.float64())]
-        )
-        for (_, columns), values in blocks:
-            codes[:, columns], scale[columns] = self._quantizer(values)
+        for (_, columns), block in self._weight.blocks(1, self._quantizer):
+            codes[:, columns], scale[columns] = block
         self._scale = scale
         if self.codes.dtype == ir.DataType.INT4:
             return ir.tensor(codes.astype(ml_dtypes.int4), name=self.codes.name)
@@ -268,6 +283,6 @@ class ArraySource:
         """The array's shape."""
         return self._array.shape
 
-    def read(self, index: tuple[slice, ...]) -> Float64:
+    def read(self, index: Index) -> Float64:
         """A float64 copy of the part at `index`."""
         return self._array[index].astype(np.float64)

@@ -132,7 +132,9 @@ def quantize_activation(x: torch.Tensor, bits: int, clip: float) -> torch.Tensor
     """x rounded per token (last axis), symmetric, codes -qmax-1..qmax."""
     qmax = 2 ** (bits - 1) - 1
     amax = x.abs().amax(dim=-1, keepdim=True)
-    scale = torch.where(amax == 0, torch.ones_like(amax), amax * (clip / qmax))
+    scale = torch.where(
+        amax == 0, torch.ones_like(amax), amax * (torch.tensor(clip, dtype=x.dtype) / qmax)
+    )
     return torch.clamp(torch.round(x / scale), -qmax - 1, qmax) * scale
 
 
@@ -141,7 +143,9 @@ def quantize_cache(x: torch.Tensor, bits: int, clip: float) -> torch.Tensor:
     top = 2**bits - 1
     low = x.amin(dim=-1, keepdim=True).clamp(max=0)
     high = x.amax(dim=-1, keepdim=True).clamp(min=0)
-    scale = torch.where(high == low, torch.ones_like(low), (high - low) * (clip / top))
+    scale = torch.where(
+        high == low, torch.ones_like(low), (high - low) * (torch.tensor(clip, dtype=x.dtype) / top)
+    )
     zero = torch.round(-low * clip / scale)
     return (torch.clamp(torch.round(x / scale) + zero, 0, top) - zero) * scale
 

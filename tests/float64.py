@@ -72,7 +72,7 @@ def _rotary_embedding(_: Attributes, x: Array, cos: Array, sin: Array) -> Array:
 def _attention(attributes: Attributes, q: Array, k: Array, v: Array, mask: Array) -> Array:
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat(groups, axis=1), v.repeat(groups, axis=1)
-    scores = np.where(mask, attributes["scale"] * q @ k.swapaxes(-1, -2), -1e300)
+    scores = np.where(mask, attributes["scale"] * q @ k.swapaxes(-1, -2), np.finfo(q.dtype).min)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True) @ v
 

@@ -24,7 +24,7 @@ def session(model: Path | ir.Model, *, optimized: bool = True) -> onnxruntime.In
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # a failure raises, and says so once
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = str(model) if isinstance(model, Path) else ir.to_proto(model).SerializeToString()

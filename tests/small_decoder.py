@@ -1,15 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder small enough to read, as ONNX text, with random weights that passes can compose on."""
 
+import difflib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
+import pytest
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from quarot_onnx import decoder as handles
+from quarot_onnx.errors import UnsupportedModelError
 from quarot_onnx.passes import untie_embeddings
 from quarot_onnx.weights import ArraySource, Weight
+from tests import float64, running
+
+Array = NDArray[Any]
+Run = Callable[[ir.Model, dict[str, Array]], dict[str, Array]]
 
 TYPES = {"float": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 
@@ -104,7 +118,7 @@ def small_decoder(
         ["/norm/RMSNormalization"] final = RMSNormalization <axis = -1> (h{num_layers}, "norm.weight")
         {_TIED_HEAD if tied else _HEAD} }}"""
     if replace is not None:
-        assert text.count(replace[0]) == 1, f"{replace[0]!r} is {text.count(replace[0])} times in it"
+        assert text.count(replace[0]) == 1, f"{text.count(replace[0])} times {replace[0]!r}"
         text = text.replace(*replace)
     model = ir.from_onnx_text(text)
     for number, node in enumerate(model.graph):
@@ -136,37 +150,99 @@ def located(**options: object) -> handles.Decoder:
     return handles.Decoder.locate(model)
 
 
-def feeds(model: ir.Model, *, batch: int = 2, length: int = 3, past: int = 2) -> dict[str, NDArray]:
-    """Random inputs for a float-cache `small_decoder`, causal mask, one position padded on the left."""
-    rng = np.random.default_rng(7)
-    sizes = {"B": batch, "S": length, "P": past, "T": past + length}
-    result: dict[str, NDArray] = {}
+def feeds(model: ir.Model, *, length: int, past: int) -> dict[str, Array]:
+    """Random inputs: a batch of 2, causal, in the first of which one position is padding."""
+    rng = np.random.default_rng(length)
+    sizes = {"B": 2, "S": length, "P": past, "T": past + length}
+    angle = rng.uniform(0, 3, (2, length, 1))
+    result: dict[str, Array] = {}
     for value in model.graph.inputs:
         assert value.name is not None
         assert value.shape is not None
+        assert value.dtype is not None
         shape = [n if isinstance(n, int) else sizes[str(n.value)] for n in value.shape]
         if value.name == "input_ids":
-            result[value.name] = rng.integers(0, 10, shape)
+            array = rng.integers(0, 10, shape)
         elif value.name == "mask":
-            result[value.name] = np.broadcast_to(np.tri(length, past + length, past) > 0, shape).copy()
-            result[value.name][0, :, :, :1] = past == 0
+            array = np.broadcast_to(np.tri(length, past + length, past) > 0, shape).copy()
+            array[0, :, 1:, 0] = False
         elif value.name in ("cos", "sin"):
-            angle = rng.uniform(0, 3, shape) if value.name == "cos" else np.arccos(result["cos"])
-            result[value.name] = np.cos(angle) if value.name == "cos" else np.sin(angle)
+            turn = np.cos if value.name == "cos" else np.sin
+            array = turn(angle * np.arange(1, shape[-1] + 1))
         else:
-            result[value.name] = rng.normal(0, 1, shape)
-        if value.dtype in TYPES.values():
-            result[value.name] = result[value.name].astype(value.dtype.numpy())
+            array = rng.normal(size=shape)
+        result[value.name] = array.astype(value.dtype.numpy())
     return result
+
+
+def logits(run: Run, model: ir.Model) -> Array:
+    """Logits of a prefill of 3 tokens and of a step of 2 on the cache that it left."""
+    outputs = run(model, feeds(model, length=3, past=0))
+    cache = {
+        name.replace("present", "past_key_values"): array
+        for name, array in outputs.items()
+        if name != "logits"
+    }
+    following = run(model, feeds(model, length=2, past=3) | cache)
+    return np.concatenate([outputs["logits"], following["logits"]], axis=1)
+
+
+SIZES = st.fixed_dictionaries(
+    {
+        "hidden_size": st.sampled_from([8, 12, 10]),
+        "num_heads": st.sampled_from([4, 6, 12]),
+        "num_kv_heads": st.sampled_from([1, 2]),
+        "head_dim": st.sampled_from([2, 4, 6, 24]),
+        "intermediate_size": st.sampled_from([12, 13, 22, 172]),
+        "num_layers": st.sampled_from([1, 2]),
+    }
+)
+"""Powers of two, 12 and 172, and sizes of which no Hadamard matrix exists: 6, 10, 13, 22."""
+
+
+def assert_equivalent(apply: Callable[[handles.Decoder], object], **options: object) -> None:
+    """`apply` leaves the logits alone: to 1e-12 in float64, to a few eps in ONNX Runtime."""
+    decoder = located(**options)
+    before = logits(float64.run, decoder.model)
+    before_in_dtype = logits(running.run, decoder.model)
+    apply(decoder)
+    onnx.checker.check_model(ir.to_proto(decoder.model), full_check=True)
+    largest = np.abs(before).max()
+    assert np.abs(logits(float64.run, decoder.model) - before).max() <= 1e-12 * largest
+    after = logits(running.run, decoder.model)
+    assert after.dtype == before_in_dtype.dtype
+    eps = float(np.finfo(after.dtype).eps)
+    assert np.abs(after.astype(np.float64) - before).max() <= 64 * eps * largest
+
+
+def assert_golden(name: str, before: str, after: str) -> None:
+    """The difference is the one in ``tests/golden/<name>.diff``; QUAROT_GOLDEN=write rewrites it."""
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
+    actual = "".join(f"{line}\n" for line in lines if not line.startswith(("@@", "---", "+++")))
+    path = Path(__file__).parent / "golden" / f"{name}.diff"
+    if os.environ.get("QUAROT_GOLDEN") == "write":
+        path.write_text(actual, encoding="utf-8")
+    assert actual == path.read_text(encoding="utf-8")
+
+
+@contextmanager
+def refused(decoder: handles.Decoder, message: str) -> Iterator[None]:
+    """The block is refused with `message`, and the model is as it was."""
+    before = text(decoder.model)
+    with pytest.raises(UnsupportedModelError) as caught:
+        yield
+    assert str(caught.value) == message
+    assert text(decoder.model) == before
 
 
 def text(model: ir.Model) -> str:
     """The graph without functions and intermediate types, and what was composed on each weight."""
-    proto = ir.to_proto(model)
-    names = {initializer.name for initializer in proto.graph.initializer}
+    names = list(model.graph.initializers)
+    unweighted = model.clone()
+    unweighted.graph.initializers.clear()
+    proto = ir.to_proto(unweighted)
     del proto.functions[:]
     del proto.graph.value_info[:]
-    del proto.graph.initializer[:]
     lines = [*onnx.printer.to_text(proto).splitlines()]
     for name in sorted(names):
         held = model.graph.initializers[name].const_value

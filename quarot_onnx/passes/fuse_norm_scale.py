@@ -24,7 +24,9 @@ class FuseNormScalePass(Pass):
 
     def rewrite(self) -> Report:
         """Fold every norm of the residual stream."""
-        scales = [norm.scale.float64()[:, None] for norm in self.decoder.norms]  # a NaN is found here
+        scales = [
+            norm.scale.float64()[:, None] for norm in self.decoder.norms
+        ]  # a NaN is found here
         for norm, gamma in zip(self.decoder.norms, scales, strict=True):
             for reader in norm.readers:
                 reader.weight.compose(0, partial(np.multiply, gamma))

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantized cache: packed with scales and zeros as I/O, or on the same grid in float."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quarot_onnx import ops
+from quarot_onnx.decoder import Decoder
+from quarot_onnx.passes.quantize_kv_cache import QuantizeKvCachePass
+from tests import float64, running
+from tests.small_decoder import assert_golden, feeds, located, logits, refused, text
+
+
+def _quantize(decoder: Decoder, bits: int = 4, form: str = "packed") -> QuantizeKvCachePass:
+    return QuantizeKvCachePass(decoder, bits=bits, clip_ratio=0.95, form=form)
+
+
+@pytest.mark.parametrize("form", ["packed", "float"])
+def test_golden(form) -> None:
+    decoder = located()
+    before = text(decoder.model)
+    report = _quantize(decoder, form=form)()
+    assert_golden(f"quantize_kv_cache_{form}", before, text(decoder.model))
+    assert (report.sites, report.detail) == (2, f"4 bits, per token and head, {form} cache")
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@given(
+    heads=st.sampled_from([(4, 2), (6, 1), (2, 2)]),
+    head_dim=st.sampled_from([2, 4, 24]),
+    dtype=st.sampled_from(["float", "float16"]),
+    num_layers=st.sampled_from([1, 2]),
+)
+@settings(max_examples=10, deadline=None)
+def test_the_packed_cache_computes_what_the_float_cache_does(
+    bits, heads, head_dim, dtype, num_layers
+) -> None:
+    options = {"head_dim": head_dim, "dtype": dtype, "num_layers": num_layers}
+    options |= {"num_heads": heads[0], "num_kv_heads": heads[1]}
+    packed, plain = located(**options), located(**options)
+    _quantize(packed, bits)()
+    _quantize(plain, bits, "float")()
+    a, b = (logits(running.run, d.model).astype(np.float64) for d in (packed, plain))
+    # A second layer's code may fall on the other side of a rounding boundary.
+    bound = 0.1 if num_layers == 2 else 64 * (1e-3 if dtype == "float16" else 1e-7)
+    assert np.abs(a - b).max() <= bound * np.abs(b).max()
+
+
+def test_the_packed_cache_holds_the_codes_of_the_float_keys() -> None:
+    plain, packed = located(), located()
+    _quantize(packed)()
+    past = {"length": 3, "past": 0}
+    keys = running.run(plain.model, feeds(plain.model, **past))["present.0.key"]
+    outputs = running.run(packed.model, feeds(packed.model, **past))
+    codes, scale, zero = ops.quantize_kv(keys)
+    np.testing.assert_array_equal(outputs["present.0.key"], ops.pack_kv(codes))
+    np.testing.assert_array_equal(outputs["present.0.key_scale"], scale)
+    np.testing.assert_array_equal(outputs["present.0.key_zero"], zero)
+
+
+@pytest.mark.parametrize("form", ["packed", "float"])
+def test_more_bits_are_closer_to_the_float_model(form) -> None:
+    wanted = logits(float64.run, located().model)
+    errors = []
+    for bits in (4, 6, 8):
+        decoder = located()
+        QuantizeKvCachePass(decoder, bits=bits, clip_ratio=1.0, form=form)()
+        errors.append(np.abs(logits(running.run, decoder.model) - wanted).mean())
+    assert errors[0] > errors[1] > errors[2] > 0
+
+
+def test_scales_and_zeros_follow_their_codes_in_the_interface() -> None:
+    decoder = located()
+    _quantize(decoder)()
+    for values, prefix in ((decoder.model.graph.inputs, "past_key_values"), (decoder.model.graph.outputs, "present")):
+        names = [v.name for v in values if v.name.startswith(prefix)]
+        assert names == [
+            f"{prefix}.0.{kind}{part}"
+            for kind in ("key", "value")
+            for part in ("", "_scale", "_zero")
+        ]
+    shapes = {v.name: [str(n) for n in v.shape] for v in decoder.model.graph.inputs}
+    assert shapes["past_key_values.0.key"] == ["B", "2", "P", "2"]
+    assert shapes["past_key_values.0.key_scale"] == ["B", "2", "P", "1"]
+
+
+def test_refuses_an_odd_head_dim() -> None:
+    decoder = located()
+    object.__setattr__(decoder.layers[0].attention, "head_dim", 5)
+    with refused(
+        decoder,
+        "/layers.0/Attention: head_dim = 5 is odd, two codes do not fill bytes; "
+        "set kv_cache.io=float",
+    ):
+        _quantize(decoder)()
+
+
+def test_refuses_a_softcap_over_a_packed_cache_only() -> None:
+    edit = ("Attention <scale = 0.5>", "Attention <scale = 0.5, softcap = 30.0>")
+    decoder = located(replace=edit)
+    with refused(
+        decoder,
+        "/layers.0/Attention: attention with a softcap over a packed cache is not supported; "
+        "set kv_cache.io=float",
+    ):
+        _quantize(decoder)()
+    assert _quantize(decoder, form="float")().sites == 2

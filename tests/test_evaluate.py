@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quarot_onnx import evaluate as module
+from quarot_onnx.artifacts import load_manifest
+from quarot_onnx.errors import GateError, InputError, UsageError
+from quarot_onnx.evaluate import (
+    baselines,
+    decode_perplexity,
+    evaluate,
+    log_probabilities,
+    perplexity,
+    read_text,
+    windows,
+)
+from quarot_onnx.pipeline import export
+from quarot_onnx.recipe import load_recipe
+from quarot_onnx.runtime import Cache, Ids, Logits, OnnxModel
+from tests.conftest import Exported, HuggingFace
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_llama"
+
+
+class Table:
+    """A model whose next token depends on the last one only: log p = log_softmax(table[token])."""
+
+    def __init__(self, table: Logits, *, decode_shift: float = 0.0) -> None:
+        self.table = table
+        self.decode_shift = decode_shift
+        self.largest_batch = 0
+
+    @property
+    def vocabulary_size(self) -> int:
+        return len(self.table)
+
+    def new_cache(self, batch: int) -> Cache:
+        return {"length": 0}
+
+    def step(
+        self, input_ids: Ids, cache: Cache, attention_mask: Ids | None = None
+    ) -> tuple[Logits, Cache]:
+        self.largest_batch = max(self.largest_batch, len(input_ids))
+        logits = self.table[input_ids]
+        if input_ids.shape[1] == 1:
+            logits = logits + self.decode_shift * np.arange(len(self.table), dtype=np.float32)
+        return logits, {"length": cache["length"] + input_ids.shape[1]}
+
+
+def random_table(seed: int = 0) -> Logits:
+    return np.random.default_rng(seed).normal(size=(7, 7)).astype(np.float32) * 3
+
+
+def test_reads_utf8_with_and_without_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfna\xc3\xafve\n")
+    assert read_text(tmp_path / "a.txt") == "naïve\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "text.txt: no such file; give a text file"),
+        (b"", "text.txt: is empty; give a text file with some text"),
+        (b" \n\t\n", "text.txt: is empty; give a text file with some text"),
+        (b"abc\xe9d", "text.txt: not UTF-8 at byte 3; convert it to UTF-8"),
+        (b"\xef\xbb\xbfa\xff", "text.txt: not UTF-8 at byte 4; convert it to UTF-8"),
+        (b"PK\x03\x04\0\0", "text.txt: binary (a zero byte at byte 4); give a UTF-8 text file"),
+    ],
+)
+def test_refuses_a_text_and_says_where(content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_text(path)
+    assert str(error.value) == f"{tmp_path}/{message}"
+
+
+def test_refuses_a_directory_as_text(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\); give a text file"):
+        read_text(tmp_path)
+
+
+def test_windows_are_evenly_spaced_and_do_not_overlap() -> None:
+    cut = windows(range(23), 4, 3)
+    np.testing.assert_array_equal(cut, [[0, 1, 2], [5, 6, 7], [10, 11, 12], [15, 16, 17]])
+
+
+def test_windows_may_use_every_token() -> None:
+    np.testing.assert_array_equal(windows(range(6), 2, 3), [[0, 1, 2], [3, 4, 5]])
+
+
+def test_says_how_many_tokens_are_missing() -> None:
+    with pytest.raises(InputError, match=r"a\.txt: has 5 tokens, needs 6 for 2 windows of 3; give"):
+        windows(range(5), 2, 3, where="a.txt")
+
+
+@pytest.mark.parametrize(("count", "length"), [(0, 8), (1, 1), (-1, 8)])
+def test_refuses_windows_without_a_prediction(count: int, length: int) -> None:
+    with pytest.raises(UsageError, match="needs at least 1 window of 2 tokens"):
+        windows(range(100), count, length)
+
+
+def test_log_probabilities_survive_large_logits() -> None:
+    found = log_probabilities(np.array([[1e4, 0.0, 1e4]], np.float32))
+    np.testing.assert_allclose(found[0, [0, 2]], -np.log(2))
+
+
+def test_perplexity_of_a_uniform_model_is_its_vocabulary() -> None:
+    ids = np.random.default_rng(0).integers(0, 7, (3, 5))
+    assert perplexity(Table(np.zeros((7, 7), np.float32)), ids) == pytest.approx(7, rel=1e-12)
+
+
+def test_perplexity_counts_every_token_of_a_window_but_the_first() -> None:
+    table, ids = random_table(), np.array([[0, 1, 2, 3], [6, 5, 4, 3]])
+    expected = -np.mean([log_probabilities(table[r[:-1]])[range(3), r[1:]] for r in ids])
+    assert perplexity(Table(table), ids) == pytest.approx(np.exp(expected), rel=1e-12)
+
+
+def test_windows_are_batched_within_the_memory_for_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = np.random.default_rng(0).integers(0, 7, (9, 5))
+    whole = perplexity(Table(random_table()), ids)
+    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", 2 * 5 * 7)
+    model, seen = Table(random_table()), []
+    assert perplexity(model, ids, progress=lambda *call: seen.append(call)) == pytest.approx(whole)
+    assert model.largest_batch == 2
+    assert seen == [(2, 9), (4, 9), (6, 9), (8, 9), (9, 9)]
+
+
+def test_a_logit_that_is_not_finite_is_named() -> None:
+    table = random_table()
+    table[3] = np.nan
+    with pytest.raises(GateError, match=r"logits: not finite at token 1 of window 2;"):
+        perplexity(Table(table), np.array([[0, 1, 2], [2, 2, 2], [0, 3, 1]]))
+
+
+def test_decoding_a_model_without_state_equals_prefill() -> None:
+    ids = np.random.default_rng(0).integers(0, 7, (3, 6))
+    found = decode_perplexity(Table(random_table()), ids)
+    assert found.perplexity == pytest.approx(found.prefill_perplexity, rel=1e-12)
+    assert found.prefill_perplexity == pytest.approx(perplexity(Table(random_table()), ids))
+    assert (found.top1_agreement, found.mean_difference) == (1.0, 0.0)
+
+
+def test_decoding_that_differs_is_seen() -> None:
+    ids = np.random.default_rng(0).integers(0, 7, (3, 6))
+    found = decode_perplexity(Table(random_table(), decode_shift=5.0), ids)
+    assert found.top1_agreement < 0.6
+    assert found.mean_difference > 1
+    assert found.perplexity != pytest.approx(found.prefill_perplexity, rel=0.1)
+
+
+def test_decoding_through_the_packed_cache_agrees_with_prefill(exported: Exported) -> None:
+    model = OnnxModel(exported("qwen2-biases", "w4a4kv4"), threads=1)
+    found = decode_perplexity(model, np.random.default_rng(0).integers(0, 128, (4, 24)))
+    assert found.top1_agreement > 0.96
+    assert found.perplexity == pytest.approx(found.prefill_perplexity, rel=0.01)
+
+
+def test_baselines_stand_on_the_same_windows(exported: Exported, hugging_face: HuggingFace) -> None:
+    manifest = load_manifest(exported("llama", "rotate-only"))
+    ids = np.random.default_rng(0).integers(0, 128, (2, 16))
+    found = baselines(hugging_face("llama"), manifest, ids, threads=1)
+    assert set(found) == {"fp32", "folded", "unrotated"}
+    # Nothing is quantized by this recipe, so all of them are the same function.
+    assert found["folded"] == pytest.approx(found["fp32"], rel=1e-5)
+    assert found["unrotated"] == pytest.approx(found["fp32"], rel=1e-5)
+
+
+def test_baselines_keep_the_bits_of_the_recipe(
+    exported: Exported, hugging_face: HuggingFace
+) -> None:
+    manifest = load_manifest(exported("llama", "w4a4kv4"))
+    ids = np.random.default_rng(0).integers(0, 128, (2, 16))
+    found = baselines(hugging_face("llama"), manifest, ids, threads=1)
+    model = OnnxModel(exported("llama", "w4a4kv4-unrotated"), threads=1)
+    assert found["folded"] == pytest.approx(perplexity(model, ids), rel=1e-9)
+    assert found["unrotated"] != pytest.approx(found["folded"], rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def example(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not (EXAMPLE / "model").is_dir():
+        pytest.skip("examples/tiny_llama/model is not there")
+    target = tmp_path_factory.mktemp("example") / "w4a4kv4"
+    export(EXAMPLE / "model", target, load_recipe("w4a4kv4"))
+    return target
+
+
+def test_evaluates_text_and_reports_in_json(example: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    found: dict[str, Any] = evaluate(
+        example,
+        EXAMPLE / "heldout.txt",
+        count=4,
+        length=96,
+        decode=True,
+        threads=1,
+        progress=lambda *call: seen.append(call),
+    )
+    assert json.loads(json.dumps(found)) == found
+    assert 10 < found["perplexity"] < 40
+    assert found["decode"]["perplexity"] == pytest.approx(found["perplexity"], rel=0.01)
+    assert found["decode"]["top1_agreement"] > 0.96
+    assert (found["windows"], found["window_length"]) == (4, 96)
+    assert (found["recipe"], found["runtime"]) == ("w4a4kv4", "ort-cpu")
+    assert seen == [(4, 8), (8, 8)]
+    assert "baselines" not in found
+
+
+def test_a_text_that_is_too_short_is_refused_before_the_model_is_loaded(
+    example: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("Once upon a time.", encoding="utf-8")
+    with pytest.raises(InputError, match=r"short\.txt: has \d+ tokens, needs 8192 for 32 windows"):
+        evaluate(example, tmp_path / "short.txt")
+
+
+def test_an_artifact_without_a_tokenizer_is_refused(exported: Exported, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
+    with pytest.raises(InputError, match=r"tokenizer\.json: no such file; put the model's"):
+        evaluate(exported("llama", "w4a4kv4"), tmp_path / "a.txt")
