@@ -5,10 +5,10 @@
 
 A Llama layer stack that does not fit the cache (the layers of Llama-3.2-1B, random weights, a small
 vocabulary so that the head does not dilute it) is exported as ``float``, ``w4a4kv4`` and
-``w4a4kv4-unrotated``. Their runs take turns, so that whatever else the machine does hits all alike, and
-the table shows medians. The online Hadamards are measured twice: end to end, as the difference between
-the rotated and the unrotated model, and as node time in ONNX Runtime's profile, where the integer
-products, which are the same in both, are left out of the difference. Aims: decode 3 times faster than
+``w4a4kv4-unrotated``. Their runs take turns, so that whatever else the machine does hits all alike;
+the table shows medians. The online Hadamards are measured twice: end to end, as the difference
+between the rotated and the unrotated model, and as node time in ONNX Runtime's profile, where the
+integer products, the same in both, are left out of the difference. Aims: decode 3 times faster than
 fp32, Hadamards under 7 % of it.
 """
 
@@ -160,11 +160,12 @@ def measure(directory: Path, shape: Shape, threads: int, seconds: float) -> None
     sessions = {recipe: open_session(directory / recipe, threads) for recipe in RECIPES}
     print(
         f"{shape.layers} layers of {shape.hidden_size} x {shape.intermediate_size}, "
-        f"{shape.parameters / 1e6:.0f}M parameters; ONNX Runtime {ort.__version__}, {threads} threads "
-        f"on {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+        f"{shape.parameters / 1e6:.0f}M parameters; ONNX Runtime {ort.__version__}, "
+        f"{threads} threads on {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     )
     print(
-        f"  {'median ms':22} {'fp32':>8} {'W4A4KV4':>8} {'unrotated':>10} {'speedup':>8} {'Hadamards':>10}"
+        f"  {'median ms':22} {'fp32':>8} {'W4A4KV4':>8} {'unrotated':>10} "
+        f"{'speedup':>8} {'Hadamards':>10}"
     )
     for name, past, sequence in WORKLOADS:
         inputs = {r: feeds(s, sequence, past, shape.vocab_size) for r, s in sessions.items()}

@@ -3,9 +3,9 @@
 
     python benchmarks/export_1b.py [--layers 16] [--recipe w4a4kv4] [--keep DIR]
 
-The export runs in a process of its own, as the command line does; its anonymous memory (RssAnon: what
-the process allocated, without mapped files) is sampled from /proc. Aims on 4 cores: under 3 minutes and
-under 2 GB.
+The export runs in a process of its own, as the command line does; its anonymous memory (RssAnon:
+what the process allocated, without mapped files) is sampled from /proc. Aims on 4 cores: under
+3 minutes and under 2 GB.
 """
 
 import argparse
@@ -108,8 +108,8 @@ def main() -> None:
             shutil.rmtree(directory, ignore_errors=True)
 
     print(
-        f"{shape.parameters / 1e9:.2f}B parameters, {shape.layers} layers, recipe {arguments.recipe}, "
-        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+        f"{shape.parameters / 1e9:.2f}B parameters, {shape.layers} layers, "
+        f"recipe {arguments.recipe}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     )
     for stage, seconds in json.loads(output.splitlines()[-1]).items():
         print(f"  {stage:36} {seconds:8.1f} s")

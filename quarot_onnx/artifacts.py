@@ -22,6 +22,7 @@ from typing import IO, Any
 import onnx_ir as ir
 
 from quarot_onnx.errors import InputError, ResourceError, UsageError
+from quarot_onnx.weights import Weight
 
 FORMAT_VERSION = 1
 MODEL, DATA, MANIFEST = "model.onnx", "model.onnx_data", "manifest.json"
@@ -166,11 +167,10 @@ def _align(file: IO[bytes], size: int) -> int:
 
 
 def _write(file: IO[bytes], tensor: ir.TensorProtocol) -> None:
-    write_to = getattr(tensor, "tofile", None)
-    if write_to is None:
-        file.write(tensor.tobytes())
+    if isinstance(tensor, Weight):
+        tensor.tofile(file)
     else:
-        write_to(file)
+        file.write(tensor.tobytes())  # numpy's own tofile reports a full disk without an errno
 
 
 def _external(

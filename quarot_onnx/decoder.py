@@ -408,22 +408,31 @@ def _attention(node: ir.Node, linears: dict[ir.Node, Linear]) -> Attention:
 
 
 _BIAS_OPS = frozenset({"Add"}) | _SHAPE_OPS
-_ROPE_OPS = frozenset({"RotaryEmbedding", "RMSNormalization"}) | _BIAS_OPS
+_UNFUSED_ROPE = frozenset({"Mul", "Neg", "Slice", "Concat"})  # scaled, as in YaRN
+_ROPE_OPS = frozenset({"RotaryEmbedding", "RMSNormalization"}) | _UNFUSED_ROPE | _BIAS_OPS
 
 
 def _upstream_linear(
     value: ir.Value | None, linears: dict[ir.Node, Linear], where: ir.Node, allowed: frozenset[str]
 ) -> Linear:
-    """The linear behind RoPE, q/k norms and reshapes; a value path has reshapes and a bias only."""
-    node = _producer(value)
-    while node is not None and node not in linears and node.op_type in allowed:
-        node = next((p for v in node.inputs if (p := _producer(v)) is not None), None)
-    if node is None or node not in linears:
+    """The one linear behind `allowed` operators; a value path has reshapes and a bias only."""
+    found: set[ir.Node] = set()
+    pending, seen = [_producer(value)], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in linears:
+            found.add(node)
+        elif node.op_type in allowed:
+            pending.extend(_producer(v) for v in node.inputs)
+    if len(found) != 1:
         raise UnsupportedModelError(
             f"{where.name}: an input does not come from a linear over a norm; "
             "this architecture is not supported"
         )
-    return linears[node]
+    return linears[found.pop()]
 
 
 def _downstream_linear(value: ir.Value, linears: dict[ir.Node, Linear]) -> Linear:

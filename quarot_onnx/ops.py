@@ -337,8 +337,9 @@ _QUANTIZE_KV = """
     code = Clip (shifted, zero_float, qmax)
 """
 
-# In a Reshape's target shape 0 keeps an axis: a constant instead of nodes that compute a shape, each
-# of which costs a decode step as much as arithmetic on a head.
+# In a Reshape's target shape 0 keeps an axis: a constant instead of nodes that compute a shape,
+# each of which costs a decode step as much as arithmetic on a head. The product with a column
+# [2, 1] runs as one GEMM of all pairs; with a vector [2] it would be one per token.
 _PACK_KV = """
     paired_shape = Constant <value_ints = [0, 0, 0, -1, 2]> ()
     paired = Reshape (code, paired_shape)

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, Protocol, TypeVar
 
@@ -119,7 +120,7 @@ class Weight(ir.TensorProtocol):
         return copy
 
     def free_axis(self) -> int | None:
-        """An axis along which blocks are independent of each other; None where every axis is mixed."""
+        """An axis along which blocks are independent; None where every axis is mixed."""
         mixed = {step.axis % len(self.shape) for step in self._steps}
         free = [axis for axis in range(len(self.shape)) if axis not in mixed]
         return free[-1] if free else None
@@ -151,20 +152,14 @@ class Weight(ir.TensorProtocol):
         return values
 
     def float64(self) -> Float64:
-        """The whole weight, unrounded: one array, and blocks of it while steps are applied."""
+        """The whole weight, unrounded: one array, in which block after block is transformed."""
         result = np.empty(self._source.shape, dtype=np.float64)
-        is_matrix = result.ndim == 2
-        read = self._source.read
-        stages = [(axis, list(steps)) for axis, steps in groupby(self._steps, lambda s: s.axis % result.ndim)]
-        for mixed, steps in stages or [(0, [])]:
-
-            def apply(index: Index, read=read, steps=steps) -> None:
-                values = read(index)
-                for step in steps:
-                    values = step.apply(values)
-                result[index] = values
-
-            deque(_in_order(apply, self._indices(1 - mixed if is_matrix else None)), maxlen=0)
+        read: Callable[[Index], Float64] = self._source.read
+        by_axis = groupby(self._steps, lambda step: step.axis % result.ndim)
+        for mixed, steps in [(axis, list(group)) for axis, group in by_axis] or [(0, [])]:
+            transform = partial(_transform, read, steps, result)
+            for _ in _in_order(transform, self._indices(1 - mixed if result.ndim == 2 else None)):
+                pass
             read = result.__getitem__
         return result
 
@@ -211,14 +206,24 @@ class Weight(ir.TensorProtocol):
             return
         file.flush()
         start = file.tell()
-        os.posix_fallocate(file.fileno(), start, self.nbytes)  # a full disk fails here, not below
+        if hasattr(os, "posix_fallocate"):  # where a full disk fails here, and not in the mapping
+            os.posix_fallocate(file.fileno(), start, self.nbytes)
         shape = tuple(int(n) for n in self._source.shape)
         self._store(np.memmap(file, self._dtype.numpy(), "r+", start, shape))
         file.seek(start + self.nbytes)
 
 
+def _transform(
+    read: Callable[[Index], Float64], steps: list[Step], target: Float64, index: Index
+) -> None:
+    values = read(index)
+    for step in steps:
+        values = step.apply(values)
+    target[index] = values
+
+
 def _in_order(call: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
-    """``map(call, items)`` on threads, which stay at most `_THREADS` results ahead of the reader."""
+    """``map(call, items)`` on threads, at most `_THREADS` results ahead of the reader."""
     with ThreadPoolExecutor(_THREADS) as pool:
         pending: deque[Future[_Result]] = deque()
         for item in items:
