@@ -88,9 +88,9 @@ def load_config(directory: Path, raw: dict[str, Any]) -> "transformers.Pretraine
         config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
             directory, local_files_only=True
         )
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        reason = " ".join(str(error).split()) or repr(error)
-        raise InputError(f"{path}: transformers refuses it ({reason}); repair the file") from error
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, OSError) as e:
+        reason = " ".join(str(e).split()) or repr(e)
+        raise InputError(f"{path}: transformers refuses it ({reason}); repair the file") from e
     _check_heads(path, config.num_attention_heads, config.num_key_value_heads)
     if config.hidden_act not in ACT2FN:
         raise UnsupportedModelError(

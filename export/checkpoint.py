@@ -222,7 +222,8 @@ def _config(directory: Path) -> dict[str, Any]:
             "choose a model that transformers supports itself"
         )
     if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        is_table = isinstance(quantization, dict)
+        method = quantization.get("quant_method") if is_table else quantization
         raise UnsupportedModelError(
             f"{path}: the weights are already quantized ({method}); give the original float model"
         )

@@ -306,8 +306,8 @@ class _ResidualStream:
         """Classify the readers of `state`; give the next state, None after the last norm."""
         if state.is_graph_output():
             raise UnsupportedModelError(
-                f"{state.name}: the residual stream is an output of the graph, where a rotation would "
-                "show; remove the output"
+                f"{state.name}: the residual stream is an output of the graph, where a rotation "
+                "would show; remove the output"
             )
         following: list[ir.Value] = []
         for node, _ in state.uses():

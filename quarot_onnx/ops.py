@@ -117,7 +117,8 @@ def quantize_kv(
 
 def pack_kv(codes: Codes) -> Codes:
     """Two 4-bit cache codes to a byte, low nibble first: [..., d] -> [..., d / 2]."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    packed: Codes = codes[..., 0::2] | np.left_shift(codes[..., 1::2], 4, dtype=np.uint8)
+    return packed
 
 
 def unpack_kv(packed: Codes) -> Codes:
@@ -182,17 +183,16 @@ def kv_attention(
     scores = np.where(mask[:, :, None], scores, np.float32(_MASKED))
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    return (weights @ v[:, :, None]).reshape(q.shape).astype(q.dtype)
+    output: Array = (weights @ v[:, :, None]).reshape(q.shape).astype(q.dtype)
+    return output
 
 
-# --- Conversion between the two storage forms
-# -------------------------------------------------------
+# --- Conversion between the two storage forms -----------------------------------------------------
 
 
 def pack_int4(codes: Array) -> Codes:
     """Kernel storage of signed 4-bit codes: two to a byte along the last axis, low nibble first."""
-    nibbles = codes.astype(np.uint8) & 15
-    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+    return pack_kv(np.bitwise_and(codes.astype(np.uint8), 15, dtype=np.uint8))
 
 
 def unpack_int4(packed: Codes) -> NDArray[np.int8]:
@@ -236,8 +236,8 @@ _HADAMARD_HEADS = """
     y = CastLike (y32, x)
 """
 
-# The ratio is a quotient of negative numbers because ONNX Runtime rewrites ``x * (1 / q)`` to ``x / q``,
-# which is not the same float where clip_ratio is 1.
+# The ratio is a quotient of negative numbers because ONNX Runtime rewrites ``x * (1 / q)`` to
+# ``x / q``, which is not the same float where clip_ratio is 1.
 _QUANTIZE_INT4 = """
     one = Constant <value_float = 1.0> ()
     two = Constant <value_float = 2.0> ()
@@ -460,8 +460,7 @@ def _attention_body(dots: str, output: str) -> str:
     """
 
 
-# --- The operators
-# ----------------------------------------------------------------------------------
+# --- The operators --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -584,7 +583,7 @@ def _function_proto(name: str) -> bytes:
     {operator.name} <{attributes}> ({", ".join(operator.inputs)}) => ({", ".join(operator.outputs)})
     {{ {operator.body} }}
     """
-    return onnx.parser.parse_function(text).SerializeToString()
+    return bytes(onnx.parser.parse_function(text).SerializeToString())
 
 
 def function(name: str) -> ir.Function:
