@@ -58,6 +58,9 @@ def onnx_from_huggingface(checkpoint: Checkpoint, dtype: ir.DataType) -> ir.Mode
     set_float_dtype(model, dtype)
     assign_names(model)
     _bind_weights(model, checkpoint, dtype)
+    held = [*model.graph.inputs, *model.graph.initializers.values()]
+    for value in [*held, *(v for node in model.graph for v in node.outputs)]:
+        value.metadata_props.clear()  # the tracer's
     model.ir_version = IR_VERSION
     model.producer_name = "quarot-onnx"
     model.producer_version = None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An interpreter of float decoder graphs in float64: what equivalent passes must not change.
 
-Online Hadamards are computed from their node's ``factors``, not from the float32 matrices beside them,
-so that a rewritten model equals the original to float64 rounding.
+Online Hadamards are computed from their node's ``factors``, not from the float32 matrices beside
+them, so that a rewritten model equals the original to float64 rounding.
 """
 
 import functools
@@ -53,9 +53,9 @@ def _hadamard(attributes: Attributes, x: Array, *_: Array) -> Array:
 
 def _hadamard_heads(attributes: Attributes, x: Array, *_: Array) -> Array:
     matrix = _canonical(attributes["factors"])
-    return np.einsum("ha,bhd->bad", matrix, x.reshape(-1, len(matrix), x.shape[-1] // len(matrix))).reshape(
-        x.shape
-    )
+    return np.einsum(
+        "ha,bhd->bad", matrix, x.reshape(-1, len(matrix), x.shape[-1] // len(matrix))
+    ).reshape(x.shape)
 
 
 def _rms_normalization(attributes: Attributes, x: Array, scale: Array) -> Array:

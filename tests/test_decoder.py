@@ -121,8 +121,7 @@ def test_refuses_a_shared_weight() -> None:
             'd0_out = MatMul (d0, "layers.0.down_proj.weight")',
             "d0_gate = Sigmoid (g0)\nd0_other = Mul (g0, d0_gate)\n"
             'd0_out = MatMul (d0_other, "layers.0.down_proj.weight")',
-            "its input does not come from the linears behind "
-            "/layers.0/norm_2/RMSNormalization",
+            "its input does not come from the linears behind /layers.0/norm_2/RMSNormalization",
         ),
     ],
     ids=lambda value: None,
@@ -172,13 +171,14 @@ def test_refuses_a_linear_of_no_known_role() -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         Decoder.locate(model)
     assert str(caught.value) == (
-        "/stray/MatMul: a linear with no known role (1 in all); "
-        "this architecture is not supported"
+        "/stray/MatMul: a linear with no known role (1 in all); this architecture is not supported"
     )
 
 
 def test_refuses_a_graph_that_is_no_decoder() -> None:
-    text = '<ir_version: 10, opset_import: ["" : 23]> g (float[2] x) => (float[2] y) { y = Abs (x) }'
+    text = (
+        '<ir_version: 10, opset_import: ["" : 23]> g (float[2] x) => (float[2] y) { y = Abs (x) }'
+    )
     with pytest.raises(UnsupportedModelError, match="graph: no Gather of token embeddings"):
         Decoder.locate(ir.from_onnx_text(text))
 

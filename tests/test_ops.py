@@ -398,7 +398,7 @@ def test_kv_attention_equals_its_reference(
     name = "KvAttention" if bits == 4 else "KvAttentionInt8"
     (y,) = run(name, q, *key, *value, mask, scale=0.3)
     expected = ops.kv_attention(q, *key, *value, mask, scale=0.3, bits=bits)
-    # Bytes up to 255 cancel to values of at most 8 steps, and both sums round: 32 times the usual 8.
+    # Bytes up to 255 cancel to values of at most 8 steps, and both sums round: 32 times the usual
     _assert_within_ulps(y, expected, 256)
 
 

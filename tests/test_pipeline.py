@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from quarot_onnx.artifacts import changed_files, load_manifest
 from quarot_onnx.errors import InputError, QuarotError, ResourceError, UnsupportedModelError
-from quarot_onnx.pipeline import export, rewrite, stored_bytes
 from quarot_onnx.export.checkpoint import Checkpoint
+from quarot_onnx.pipeline import export, rewrite, stored_bytes
 from quarot_onnx.recipe import load_recipe
 from tests import models
 from tests.conftest import Exported, HuggingFace
@@ -59,7 +59,7 @@ def _deviation(got: Array, wanted: Array) -> float:
     return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 
-# --- Equivalence ------------------------------------------------------------------------------------
+# --- Equivalence ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", ["float", "rotate-only"])
@@ -139,7 +139,7 @@ def test_skipped_rotations_are_in_the_manifest_with_the_reason(tmp_path: Path, t
     assert "n=101 is odd" in reason
 
 
-# --- Quantized --------------------------------------------------------------------------------------
+# --- Quantized ------------------------------------------------------------------------------------
 
 
 def _error(artifact: Path, wanted: Array) -> float:
@@ -211,7 +211,7 @@ def test_bfloat16_is_valid_and_stored_in_two_bytes(exported: Exported, recipe) -
         assert len(stored[name].raw_data) == 2 * 128 * 96
 
 
-# --- Determinism ------------------------------------------------------------------------------------
+# --- Determinism ----------------------------------------------------------------------------------
 
 _EXPORT = """
 import sys
@@ -256,7 +256,7 @@ def test_shards_and_a_single_file_give_the_same_model(
         assert (tmp_path / "out" / name).read_bytes() == single.read_bytes()
 
 
-# --- The artifact -----------------------------------------------------------------------------------
+# --- The artifact ---------------------------------------------------------------------------------
 
 
 def test_the_manifest_describes_the_artifact(exported: Exported) -> None:
@@ -318,7 +318,7 @@ def test_the_plan_knows_the_size_before_anything_is_written(
     assert planned <= written + 20_000  # what is stored inline
 
 
-# --- Faults -----------------------------------------------------------------------------------------
+# --- Faults ---------------------------------------------------------------------------------------
 
 
 def _config(**changes: Any) -> Callable[[Path], None]:
@@ -329,7 +329,9 @@ def _config(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
-def _tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
+def _tensor(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor | None]
+) -> Callable[[Path], None]:
     def rewrite_file(directory: Path) -> None:
         from safetensors.torch import load_file, save_file  # noqa: PLC0415
 
@@ -465,7 +467,9 @@ def test_bad_input_is_refused_and_leaves_nothing(
 def test_numbers_that_overflow_float16_are_named(tmp_path: Path, traced_once: None, name) -> None:
     source = models.save(models.build("llama"), tmp_path / "hf")
     _tensor(name, lambda t: t * 1e7)(source)
-    with pytest.raises(InputError, match="overflows float16; export with --dtype float32") as caught:
+    with pytest.raises(
+        InputError, match="overflows float16; export with --dtype float32"
+    ) as caught:
         export(source, tmp_path / "out", load_recipe("float"), dtype="float16")
     assert name in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
@@ -474,11 +478,12 @@ def test_numbers_that_overflow_float16_are_named(tmp_path: Path, traced_once: No
 def test_no_space_leaves_nothing(
     tmp_path: Path, traced_once: None, hugging_face: HuggingFace
 ) -> None:
+    source = hugging_face("llama")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(ResourceError) as caught:
-            export(hugging_face("llama"), tmp_path / "out", load_recipe("w4a4kv4"))
+            export(source, tmp_path / "out", load_recipe("w4a4kv4"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(caught.value) == (

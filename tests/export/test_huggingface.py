@@ -107,7 +107,9 @@ def test_nodes_are_named_after_their_modules_and_once(exported: Exported, family
     model = ir.load(exported(family, recipe) / "model.onnx")
     names = [node.name or "" for node in model.graph]
     assert len(set(names)) == len(names)
-    modules = "embed_tokens|norm|rotary_emb|layers.\\d+/(self_attn|mlp|input_layernorm|post_attention)"
+    modules = (
+        "embed_tokens|norm|rotary_emb|layers.\\d+/(self_attn|mlp|input_layernorm|post_attention)"
+    )
     stray = [n for n in names if not re.match(rf"/(model(/({modules}))?|lm_head)?", n)]
     assert stray == []
     for index in range(LAYERS):
@@ -123,7 +125,11 @@ def test_nodes_are_named_after_their_modules_and_once(exported: Exported, family
 def test_layers_of_one_kind_have_one_graph(traced_once: None, hugging_face: HuggingFace) -> None:
     model = _float(hugging_face("llama"))
     kinds = [
-        [node.op_type for node in model.graph if (node.name or "").startswith(f"/model/layers.{i}/")]
+        [
+            node.op_type
+            for node in model.graph
+            if (node.name or "").startswith(f"/model/layers.{i}/")
+        ]
         for i in range(LAYERS)
     ]
     assert kinds[0] == kinds[1] == kinds[2]
@@ -147,12 +153,7 @@ def test_the_float_dtype_is_everywhere_but_in_the_angles(
     assert {v.dtype for v in model.graph.inputs[3:]} == {dtype}
     weights = [v for v in model.graph.initializers.values() if isinstance(v.const_value, Weight)]
     assert {v.dtype for v in weights} == {v.const_value.dtype for v in weights} == {dtype}
-    wide = {
-        node.name
-        for node in model.graph
-        for v in node.outputs
-        if v.dtype == ir.DataType.FLOAT
-    }
+    wide = {node.name for node in model.graph for v in node.outputs if v.dtype == ir.DataType.FLOAT}
     assert wide
     assert all(name.startswith("/model/rotary_emb/") for name in wide)
 
@@ -170,7 +171,9 @@ def test_nothing_is_read_while_the_graph_is_made(
 def test_a_tied_head_reads_the_embedding(traced_once: None, hugging_face: HuggingFace) -> None:
     model = _float(hugging_face("llama-tied"))
     assert "lm_head.weight" not in model.graph.initializers
-    users = [user.op_type for user, _ in model.graph.initializers["model.embed_tokens.weight"].uses()]
+    users = [
+        user.op_type for user, _ in model.graph.initializers["model.embed_tokens.weight"].uses()
+    ]
     assert sorted(users) == ["Gather", "Transpose"]
 
 
@@ -187,5 +190,7 @@ def test_a_missing_bias_is_named(tmp_path: Path, traced_once: None) -> None:
     source = models.save(models.build("llama"), tmp_path / "hf")
     path = source / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_bias": True}))
-    with pytest.raises(InputError, match=r"tensor model\.layers\.0\.self_attn\.q_proj\.bias is miss"):
+    with pytest.raises(
+        InputError, match=r"tensor model\.layers\.0\.self_attn\.q_proj\.bias is miss"
+    ):
         _float(source)

@@ -74,7 +74,10 @@ def test_more_bits_are_closer_to_the_float_model(form) -> None:
 def test_scales_and_zeros_follow_their_codes_in_the_interface() -> None:
     decoder = located()
     _quantize(decoder)()
-    for values, prefix in ((decoder.model.graph.inputs, "past_key_values"), (decoder.model.graph.outputs, "present")):
+    for values, prefix in (
+        (decoder.model.graph.inputs, "past_key_values"),
+        (decoder.model.graph.outputs, "present"),
+    ):
         names = [v.name for v in values if v.name.startswith(prefix)]
         assert names == [
             f"{prefix}.0.{kind}{part}"
