@@ -96,7 +96,8 @@ def packed_from_codes(codes: npt.NDArray[np.integer[Any]]) -> U8Array:
             f"packed_from_codes: codes span {codes.min()}..{codes.max()}; four bits hold -8..7"
         )
     nibbles: U8Array = codes.astype(np.uint8) & np.uint8(15)
-    return np.bitwise_or(nibbles[..., 0::2], nibbles[..., 1::2] << np.uint8(4))
+    packed: U8Array = nibbles[..., 0::2] | (nibbles[..., 1::2] << np.uint8(4))
+    return packed
 
 
 def codes_from_packed(packed: U8Array) -> I8Array:
