@@ -61,51 +61,66 @@ QR_EXPORT int qr_abi_version(void);
 QR_EXPORT const char* qr_backend(void);
 
 typedef enum qr_dtype {
-  QR_FLOAT16 = 0,
-  QR_BFLOAT16 = 1,
-  QR_INT32 = 2  // GEMM output only: the raw accumulator, for exact tests
+  QR_DTYPE_FP16 = 0,
+  QR_DTYPE_BF16 = 1,
+  QR_DTYPE_INT32 =
+      2  // GEMM output only: the exact sums, for tests and for callers that scale elsewhere
 } qr_dtype;
 
-// How the INT4 codes of activations lie in memory between a quantizing kernel and a GEMM.
-typedef enum qr_activation_layout {
-  // [rows, k/2] bytes, s4, low nibble first. 0.5 B per element. Read by the s4 tensor cores of
-  // sm_80..89.
-  QR_ACT_PACKED_S4 = 0,
-  // [rows, k] signed bytes; each run of 64 codes is stored as its 32 even-indexed codes, then its
-  // 32 odd-indexed
-  // ones. 1 B per element. Read by wgmma s8 (sm_90a): the split cancels the nibble order of weights
-  // unpacked
-  // by mask and shift, so neither side needs a shuffle (see docs/kernels.md).
-  QR_ACT_S8_EVEN_ODD = 1
-} qr_activation_layout;
+// A byte order of INT4 codes and its version: "QR" (0x5152), the order, the version. The same
+// values are in quarot_onnx/plugins/layouts.py, where each order is defined in NumPy.
+typedef enum qr_layout {
+  // Weights [n, k/2] bytes, s4, low nibble first: what ONNX stores.
+  QR_LAYOUT_WEIGHTS_PACKED_V1 = 0x51520101,
+  // Weights [n/64, k/64, 4 warps, 32 lanes, 16 bytes], n padded to 64 and k to 128 with zero codes:
+  // a lane's 16
+  // bytes are its tensor-core A operand for 64 x 64 codes.
+  QR_LAYOUT_WEIGHTS_FRAGMENTS_V1 = 0x51520201,
+  // Activations [rows, k/2] bytes, s4, low nibble first. 0.5 B per element.
+  QR_LAYOUT_ACTIVATIONS_PACKED_V1 = 0x51520301,
+  // Activations [k/128, rows, 128] signed bytes, rows padded to 8 and k to 128. Of each 64 codes
+  // the 32 even ones
+  // come first, then the 32 odd ones; 16-byte chunk c of row r lies at chunk c ^ (r % 8): the
+  // 128-byte swizzle of
+  // wgmma, so that a linear bulk copy loads a tile. 1 B per element. Padding rows are not written
+  // and not used.
+  QR_LAYOUT_ACTIVATIONS_SPLIT_V1 = 0x51520401
+} qr_layout;
 
 // ---------------------------------------------------------------------------------------------------------
 // Hadamard transforms and quantization of activations
 // ---------------------------------------------------------------------------------------------------------
 
-#define QR_MAX_FACTORS 6
+#define QR_MAX_DENSE_FACTORS 3
 
-// y = x (I ⊗ H_f1 ⊗ H_f2 ⊗ ... ⊗ I_inner) on the last axis, with orthonormal factors:
-// y[..., j] = sum_i x[..., i] H[i, j]. The row length n is a multiple of f1*f2*...*inner; the
-// leading identity (block-diagonal transforms) fills the rest. Factors that are not powers of two
-// come first, powers of two (Sylvester matrices, butterflies) last. inner = 1 is the ordinary
-// transform; inner = head_dim is the transform across heads.
+// y = x (I ⊗ D_1 ⊗ D_2 ⊗ .. ⊗ S ⊗ I_inner) on the last axis: y[..., j] = sum_i x[..., i] H[i, j].
+// D_i are dense orthonormal ±1/sqrt(order) matrices (tensor cores), S is the Sylvester matrix of
+// order `butterflies` (a fast transform). The row length is a multiple of the product of all orders
+// and inner; the leading identity (block-diagonal transforms) fills the rest. inner = 1 is the
+// ordinary transform; inner = head_dim is the transform across heads. qr_make_hadamard_plan fills
+// this from a list of Kronecker factors.
 typedef struct qr_hadamard_plan {
-  int32_t num_factors;              // 0: no transform
-  int32_t inner;                    // length of the trailing identity, a power of two, >= 1
-  int32_t factors[QR_MAX_FACTORS];  // orders f1..fr; those not a power of two are <= 176
-  // Sign fragments of the factors that are not powers of two, in factor order, as
-  // qr_pack_hadamard_signs writes them; device memory; NULL when every factor is a power of two.
+  int32_t dense[QR_MAX_DENSE_FACTORS];  // orders, slowest index first, multiples of 4 up to 192; 0
+                                        // where unused
+  int32_t butterflies;                  // a power of two; 1: none; 0: no transform at all
+  int32_t inner;                        // a power of two, >= 1
+  // Signs of the dense factors, one after the other, as qr_make_hadamard_plan writes them; device
+  // memory, 16-byte aligned; may be NULL when there is no dense factor.
   const uint32_t* signs;
 } qr_hadamard_plan;
 
-// Number of 32-bit words that qr_pack_hadamard_signs writes for one factor; 0 for an order that
-// needs none.
-QR_EXPORT size_t qr_hadamard_signs_words(int32_t order);
-// Host function: packs a ±1 matrix [order, order] (int8, row-major, H[i, j]) into the tensor-core
-// fragment order that qr_hadamard_plan.signs holds. `words` is host memory; the caller copies it to
-// the device once.
-QR_EXPORT int qr_pack_hadamard_signs(const int8_t* matrix, int32_t order, uint32_t* words);
+// Number of 32-bit sign words of the plan that qr_make_hadamard_plan makes of these factors; 0 when
+// it needs none or refuses them.
+QR_EXPORT size_t qr_hadamard_sign_words(const int32_t* factors, int32_t num_factors);
+// Host function. Turns H_f1 ⊗ H_f2 ⊗ .. (any order, as an ONNX node's `factors`) into a plan:
+// trailing powers of two become butterflies; a power of two in front of another factor is
+// multiplied into it (Sylvester ⊗ H_f). `matrices` holds the ±1 matrices H_f [f, f] (int8,
+// row-major, H[i, j]) of those factors that are not powers of two, in order, one after the other.
+// `words` (host memory) receives the signs; the caller copies them to the device and sets
+// plan->signs.
+QR_EXPORT int qr_make_hadamard_plan(const int32_t* factors, int32_t num_factors, int32_t inner,
+                                    const int8_t* matrices, uint32_t* words,
+                                    qr_hadamard_plan* plan);
 
 // What happens to a row before the Hadamard transform. The result is rounded once to `dtype`, so a
 // fused call equals the sequence of separate operators.
@@ -125,7 +140,7 @@ typedef struct qr_transform_args {
   int32_t dtype;              // qr_dtype of x, up, norm_weight and y: fp16 or bf16
   int32_t prologue;           // qr_prologue
   int32_t epilogue;           // qr_epilogue
-  int32_t activation_layout;  // qr_activation_layout of `codes`
+  int32_t activation_layout;  // qr_layout of `codes`
   int64_t rows;               // tokens; 0 is allowed and does nothing
   int64_t n;                  // row length, a multiple of 128
   const void* x;              // [rows, n] dtype; row r starts at x + r * x_stride elements
@@ -136,9 +151,9 @@ typedef struct qr_transform_args {
   const void* norm_weight;  // [n] dtype or NULL (all ones), only with QR_PROLOGUE_RMSNORM
   float epsilon;            // of the RMSNorm
   float clip_ratio;  // scale = max|y| * (clip_ratio / 7), 1 for a zero row; 0 < clip_ratio <= 1
-  qr_hadamard_plan hadamard;  // num_factors = 0: none
+  qr_hadamard_plan hadamard;  // butterflies = 0: none
   void* y;                    // [rows, n] dtype (QR_EPILOGUE_STORE)
-  void* codes;                // [rows, n/2] or [rows, n] bytes (QR_EPILOGUE_QUANTIZE)
+  void* codes;                // in activation_layout (QR_EPILOGUE_QUANTIZE)
   float* scale;               // [rows] (QR_EPILOGUE_QUANTIZE)
 } qr_transform_args;
 
@@ -151,22 +166,17 @@ QR_EXPORT int qr_transform(const qr_transform_args* args, void* stream);
 // INT4 x INT4 GEMM
 // ---------------------------------------------------------------------------------------------------------
 
-// Weight storage. The value is the layout tag that travels with packed weights: its last two digits
-// are a version.
-typedef enum qr_weight_layout {
-  QR_WEIGHT_CANONICAL = 0,     // [n, k/2] bytes, s4, low nibble first
-  QR_WEIGHT_FRAGMENT_V1 = 101  // mma/wgmma A-operand order: see kernels/weight_layout.hpp
-} qr_weight_layout;
-
 // Bytes of an [n, k] weight in `layout`; 0 when the shape or the layout is not supported.
 QR_EXPORT size_t qr_weight_bytes(int32_t layout, int64_t n, int64_t k);
-// Device to device: canonical [n, k/2] to `layout`. Run once at load time.
-QR_EXPORT int qr_pack_weight(int32_t layout, int64_t n, int64_t k, const void* canonical,
-                             void* packed, void* stream);
-// Device to device: w_colsum[n] = sum over k of the weight's codes (int32), for asymmetric
-// activations.
-QR_EXPORT int qr_weight_column_sums(int64_t n, int64_t k, const void* canonical, int32_t* colsum,
-                                    void* stream);
+// Device to device: packed order [n, k/2] to `layout`. Run once at load time.
+QR_EXPORT int qr_pack_weight(int32_t layout, int64_t n, int64_t k, const void* packed, void* out,
+                             void* stream);
+// Device to device: w_sum[n] = sum over k of the weight's codes, for asymmetric activations.
+QR_EXPORT int qr_weight_sums(int64_t n, int64_t k, const void* packed, int32_t* w_sum,
+                             void* stream);
+// Device to device: activations from packed order [m, k/2] to split order.
+QR_EXPORT int qr_split_activations(int64_t m, int64_t k, const void* packed, void* split,
+                                   void* stream);
 
 // Which kernel runs. AUTO picks by compute capability and m; the others exist for tests and
 // benchmarks.
@@ -179,21 +189,21 @@ typedef enum qr_gemm_kernel {
   QR_GEMM_CUTLASS = 5    // optional backend for sm_80..89, when the library was built with it
 } qr_gemm_kernel;
 
-// y[m, n] = (acc - zero_m * w_colsum_n) * scale_m * w_scale_n + bias_n, acc = sum_k q[m, k] w[n, k]
-// exact in int32, scaled in fp32 in that order, rounded once to out_dtype. out_dtype = QR_INT32
-// stores acc itself.
+// y[m, n] = (acc - zero_m * w_sum_n) * scale_m * w_scale_n + bias_n, acc = sum_k q[m, k] w[n, k]
+// exact in int32, scaled in fp32 in that order, rounded once to out_dtype. out_dtype =
+// QR_DTYPE_INT32 stores acc itself.
 typedef struct qr_gemm_args {
   int32_t kernel;             // qr_gemm_kernel
   int32_t out_dtype;          // qr_dtype of y
-  int32_t activation_layout;  // qr_activation_layout of q
-  int32_t weight_layout;      // qr_weight_layout of w
+  int32_t activation_layout;  // qr_layout of q
+  int32_t weight_layout;      // qr_layout of w
   int64_t m, n, k;            // tokens, out features, in features
-  const void* q;              // activation codes, [m, k/2] or [m, k] bytes
+  const void* q;              // activation codes in activation_layout
   const float* scale;         // [m]
   const float* zero;          // [m], integer-valued, or NULL (symmetric activations)
   const void* w;              // weight codes in weight_layout
   const float* w_scale;       // [n]
-  const int32_t* w_colsum;    // [n], required with zero
+  const int32_t* w_sum;       // [n], required with zero
   const float* bias;          // [n] fp32 or NULL, added before the rounding
   void* y;                    // [m, n] out_dtype; row r starts at y + r * y_stride elements
   int64_t y_stride;           // elements between rows of y, >= n
@@ -273,7 +283,7 @@ typedef struct qr_kv_attention_args {
                                     // head_dim; num_factors = 0: none
   float clip_ratio;                 // QR_EPILOGUE_QUANTIZE
   void* y;       // [batch, query_tokens, heads * head_dim] dtype (QR_EPILOGUE_STORE)
-  void* codes;   // [batch * query_tokens, heads * head_dim / 2 (or / 1)] (QR_EPILOGUE_QUANTIZE)
+  void* codes;   // in activation_layout, rows = batch * query_tokens (QR_EPILOGUE_QUANTIZE)
   float* scale;  // [batch * query_tokens]
   void* workspace;
   size_t workspace_bytes;
