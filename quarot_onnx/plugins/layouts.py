@@ -13,8 +13,8 @@ fragment order serves every architecture and every kernel, because three instruc
   ``w & 0xF0F0F0F0``, each value times 16. The order of k inside the dot product does not matter as
   long as both operands share it.
 
-On sm_90a the activations take a third order, *even-odd*: one code per byte, evens and odds of each
-64 apart, so that ``wgmma`` finds them in shared memory as the unpacked weights expect them.
+On sm_90a the activations take a third order, *split*: one code per byte, evens and odds of each 64
+apart, so that ``wgmma`` finds them in shared memory as the unpacked weights expect them.
 
 This module is the NumPy twin of ``plugins_cuda/kernels/pack_weights.cu``; the tests compare the two
 byte by byte. A tag names an order and its version: whoever stores reordered bytes stores the tag
@@ -34,22 +34,20 @@ I8Array = npt.NDArray[np.int8]
 I32Array = npt.NDArray[np.int32]
 
 
-class WeightLayout(IntEnum):
-    """The tag of a weight's byte order: ``qr_weight_layout``. The last two digits are a version."""
+class Layout(IntEnum):
+    """A byte order and its version: ``0x5152`` ("QR"), the order, the version.
 
-    PACKED = 0
+    The values are those of ``qr_layout`` in ``plugins_cuda/include/quarot_kernels.h``.
+    """
+
+    WEIGHTS_PACKED_V1 = 0x51520101
     """uint8 [n, k/2], low nibble first: what ONNX stores."""
-    FRAGMENT_V1 = 101
+    WEIGHTS_FRAGMENTS_V1 = 0x51520201
     """uint8 [n/64, k/64, 4 warps, 32 lanes, 16], n padded to 64, k to 128 by zero codes."""
-
-
-class ActivationLayout(IntEnum):
-    """The tag of the activations' byte order: ``qr_activation_layout``."""
-
-    PACKED = 0
-    """uint8 [m, k/2], low nibble first."""
-    EVEN_ODD = 1
-    """int8 [m, k]: of every 64 codes the 32 with even index, then the 32 with odd index."""
+    ACTIVATIONS_PACKED_V1 = 0x51520301
+    """uint8 [m, k/2], low nibble first: what ``QuantizeInt4`` writes by default."""
+    ACTIVATIONS_SPLIT_V1 = 0x51520401
+    """int8 [k/128, m, 128], m padded to 8, k to 128 by zero codes, chunks swizzled."""
 
 
 FRAGMENT_ROWS: Final = 64
@@ -58,6 +56,8 @@ FRAGMENT_COLUMNS: Final = 64
 """Codes of k in one block: a thread's share is then exactly 16 bytes."""
 STEP_COLUMNS: Final = 128
 """Codes of k that a prefill kernel takes per pipeline step; fragment order pads k to it."""
+SPLIT_ROWS: Final = 8
+"""Rows in one swizzle period of the 128-byte shared-memory swizzle."""
 MAX_K: Final = 131_008
 """Largest multiple of 64 whose sum cannot overflow: 8*8*256*k < 2**31 (see docs/kernels.md)."""
 
@@ -168,30 +168,50 @@ def packed_from_fragments(fragments: U8Array, n: int, k: int) -> U8Array:
     return np.ascontiguousarray(axes.reshape(rows, columns)[:n, : k // 2])
 
 
-def even_odd_from_packed(packed: U8Array) -> I8Array:
-    """Activations in even-odd order, from packed order: uint8 [m, k/2] to int8 [m, k].
+def split_shape(m: int, k: int) -> tuple[int, int, int]:
+    """Shape of split order for ``[m, k]`` activations: (k/128, m, 128) after padding."""
+    return _padded(k, STEP_COLUMNS) // STEP_COLUMNS, _padded(m, SPLIT_ROWS), STEP_COLUMNS
 
-    Each run of 64 codes becomes its 32 even-indexed codes, then its 32 odd-indexed ones, a byte
-    each: 32 bytes are one k step of an s8 tensor core, and a weight word unpacked by mask and shift
-    gives its even codes to one step and its odd codes to the next.
 
-    Raises:
-        UnsupportedModelError: k is not a multiple of 64.
+def split_from_packed(packed: U8Array) -> I8Array:
+    """Activations in split order, from packed order.
+
+    Row r of step s holds the 128 codes from k = 128s: per 64 codes the 32 even ones, then the 32
+    odd ones, one byte each. Its eight 16-byte chunks are XORed with ``r % 8``: the order that a
+    128-byte-swizzled ``wgmma`` descriptor expects in shared memory. As the bytes already lie in it,
+    one linear bulk copy of rows x 128 bytes loads a tile, and no tensor map is needed.
+
+    Args:
+        packed: uint8 [m, k/2].
+
+    Returns:
+        int8 of :func:`split_shape`.
     """
-    _require_bytes("even_odd_from_packed", packed, 2)
+    _require_bytes("split_from_packed", packed, 2)
     m, k = packed.shape[0], packed.shape[1] * 2
-    _require_columns("even_odd_from_packed", k)
-    pairs = codes_from_packed(packed).reshape(m, k // FRAGMENT_COLUMNS, FRAGMENT_COLUMNS // 2, 2)
-    return np.ascontiguousarray(pairs.transpose(0, 1, 3, 2)).reshape(m, k)
+    _require_columns("split_from_packed", k)
+    steps, rows, _ = split_shape(m, k)
+    codes = np.zeros((rows, steps * STEP_COLUMNS), np.int8)
+    codes[:m, :k] = codes_from_packed(packed)
+    # [row, step, block of 64, code pair, parity] -> [step, row, chunk of 16]
+    split = codes.reshape(rows, steps, 2, 32, 2).transpose(1, 0, 2, 4, 3)
+    chunks = split.reshape(steps, rows, 8, 16)
+    out = np.empty_like(chunks)
+    row, chunk = np.arange(rows)[:, None], np.arange(8)[None, :]
+    out[:, row, chunk ^ (row % 8)] = chunks
+    return out.reshape(steps, rows, STEP_COLUMNS)
 
 
-def packed_from_even_odd(even_odd: I8Array) -> U8Array:
-    """The inverse of :func:`even_odd_from_packed`: int8 [m, k] to uint8 [m, k/2]."""
-    if even_odd.dtype != np.int8 or even_odd.ndim != 2:
+def packed_from_split(split: I8Array, m: int, k: int) -> U8Array:
+    """The inverse of :func:`split_from_packed`: uint8 [m, k/2]."""
+    _require_columns("packed_from_split", k)
+    steps, rows, _ = split_shape(m, k)
+    if split.dtype != np.int8 or split.size != steps * rows * STEP_COLUMNS:
         raise InputError(
-            f"packed_from_even_odd: got {even_odd.dtype}{list(even_odd.shape)}; give int8 [m, k]"
+            f"packed_from_split: {split.dtype} with {split.size} elements is not m={m}, k={k}; "
+            f"split order takes int8{[steps, rows, STEP_COLUMNS]}"
         )
-    m, k = even_odd.shape
-    _require_columns("packed_from_even_odd", k)
-    halves = even_odd.reshape(m, k // FRAGMENT_COLUMNS, 2, FRAGMENT_COLUMNS // 2)
-    return packed_from_codes(halves.transpose(0, 1, 3, 2).reshape(m, k))
+    chunks = split.reshape(steps, rows, 8, 16)
+    row, chunk = np.arange(rows)[:, None], np.arange(8)[None, :]
+    axes = chunks[:, row, chunk ^ (row % 8)].reshape(steps, rows, 2, 2, 32).transpose(1, 0, 2, 4, 3)
+    return packed_from_codes(axes.reshape(rows, steps * STEP_COLUMNS)[:m, :k])
