@@ -280,7 +280,7 @@ typedef struct qr_kv_attention_args {
   int32_t rotate_q;                 // 1: apply the R3 Hadamard of head_dim to q first
   int32_t split_kv;                 // number of KV slices; 0 chooses
   qr_hadamard_plan heads_hadamard;  // across heads, applied to the output row; inner must be
-                                    // head_dim; num_factors = 0: none
+                                    // head_dim; butterflies = 0: none
   float clip_ratio;                 // QR_EPILOGUE_QUANTIZE
   void* y;       // [batch, query_tokens, heads * head_dim] dtype (QR_EPILOGUE_STORE)
   void* codes;   // in activation_layout, rows = batch * query_tokens (QR_EPILOGUE_QUANTIZE)
