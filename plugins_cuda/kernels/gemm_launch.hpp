@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the dispatcher needs from each GEMM kernel: how it would cut a problem, and its launch.
+#pragma once
+#include <cstddef>
+
+#include "common.cuh"
+
+namespace qr {
+
+struct GemmArgs;
+
+// The device that a plan is made for.
+struct Device {
+  int compute_capability;  // 10 * major + minor
+  int multiprocessors;
+};
+
+// How a kernel cuts (m, n, k). It depends on sizes and device alone: the workspace query and the
+// launch make the same one.
+struct GemmPlan {
+  int shape = 0;            // which tile shape, in the kernel's own numbering
+  int tiles = 0;            // output tiles
+  int splits = 1;           // parts of k
+  int steps_per_split = 0;  // units of k in a part
+  size_t counters = 0;      // int32 of workspace for arrivals: one per tile and group of threads
+  size_t sums = 0;          // int32 of workspace for partial sums
+};
+
+// requested_splits: parts of k; 0 lets the plan choose.
+GemmPlan plan_mma(const Device& device, int m, int n, int k, int requested_splits);
+GemmPlan plan_sm90(const Device& device, int m, int n, int k, int requested_splits);
+GemmPlan plan_decode(const Device& device, int m, int n, int k, int requested_splits);
+
+// native: s4 tensor cores; only with compute capability 8.x.
+int launch_mma(const GemmPlan& plan, const GemmArgs& args, bool native, cudaStream_t stream);
+// Tokens in split order; only with compute capability 9.0.
+int launch_sm90(const GemmPlan& plan, const GemmArgs& args, const Device& device, cudaStream_t stream);
+// split: tokens in split order, else packed.
+int launch_decode(const GemmPlan& plan, const GemmArgs& args, bool native, bool split, cudaStream_t stream);
+// Tokens from packed to split order.
+int launch_split_activations(const void* packed, void* split, int m, int k, cudaStream_t stream);
+
+}  // namespace qr
