@@ -11,7 +11,7 @@
 //        | 16 bytes a thread             | cp.async / bulk copy
 //        v                               v
 //   registers: nibbles -> s8 x16    shared memory, swizzled
-//        \______________ tensor core, int32 ______/
+//        +_______________ tensor core, int32 ______+
 //                          v
 //   acc >> shift, - zero * w_sum, * scale * w_scale, + bias      one rounding to fp16 / bf16
 //

@@ -5,9 +5,9 @@
 // covers features x slices, so that even a small matrix keeps every multiprocessor's loads in
 // flight. Nothing is read twice and weights never enter shared memory:
 //
-//   W fragments --LDG.128, kDepth in flight--> registers --(s8: 3 ALU per 8 codes)--\
-//                                                                                    mma --> acc
-//   X slice --once--> shared memory, in B-operand order --LDS--> registers ---------/
+//   W fragments --LDG.128, kDepth in flight--> registers --(s8: 3 ALU per 8 codes)--+
+//                                                                                   +-> mma --> acc
+//   X slice --once--> shared memory, in B-operand order --LDS--> registers ---------+
 //        acc --int32 atomics--> sums[tile]; the last CTA of a tile scales, stores, and puts zeros back
 //
 // Integer sums are exact and commute, so the split over k is deterministic to the bit.
@@ -173,6 +173,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeCtasPerSm) gemm_decode_
         *reinterpret_cast<uint32_t*>(static_cast<unsigned char*>(p.y) + (token * p.y_stride + feature) * 2) = pair;
       }
     }
+  } else {
+    refuse_architecture();
   }
 }
 

@@ -37,7 +37,5 @@ int launch_mma(const GemmPlan& plan, const GemmArgs& args, bool native, cudaStre
 int launch_sm90(const GemmPlan& plan, const GemmArgs& args, const Device& device, cudaStream_t stream);
 // split: tokens in split order, else packed.
 int launch_decode(const GemmPlan& plan, const GemmArgs& args, bool native, bool split, cudaStream_t stream);
-// Tokens from packed to split order.
-int launch_split_activations(const void* packed, void* split, int m, int k, cudaStream_t stream);
 
 }  // namespace qr

@@ -9,9 +9,9 @@
 //                               codes, and both operands get the same treatment, so the order of k
 //                               that it leaves (evens, then odds) cancels.
 //
-//   W fragments --cp.async--> ring[W] --LDS.128--> A registers --------\
-//                                                                       mma --> acc[16x8 tiles] --> y
-//   X packed ----cp.async--> ring[X] (swizzled) --ldmatrix--> B regs --/
+//   W fragments --cp.async--> ring[W] --LDS.128--> A registers --------+
+//                                                                      +-> mma --> acc --> y
+//   X packed ----cp.async--> ring[X] (swizzled) --ldmatrix--> B regs --+
 //
 // The ring has kStages slots of one 128-code step; a slot is refilled kStages - 1 steps ahead, right
 // after the barrier which proves that every warp is done with it. One barrier a step.
@@ -170,6 +170,8 @@ __global__ void __launch_bounds__(S::kThreads) gemm_mma_kernel(const GemmArgs p)
     stage_outputs<kShift, S::kTiles16, S::kTiles8>(p, acc, terms, warp_token0, 0, staging);
     __syncwarp();
     copy_staged<S::kTiles16 * 16>(p, staging, S::kTiles8 * 8, feature0, warp_token0, lane(), 32);
+  } else {
+    refuse_architecture();
   }
 }
 

@@ -31,6 +31,8 @@ __device__ __forceinline__ void atomic_accumulate(int32_t* p, int v) {
   asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 __device__ __forceinline__ void thread_fence() { __threadfence(); }
+// Ends the launch with an error: code for another architecture was asked for.
+__device__ __forceinline__ void refuse_architecture() { __trap(); }
 // Keeps the compiler from moving memory accesses across.
 __device__ __forceinline__ void compiler_fence() { asm volatile("" ::: "memory"); }
 

@@ -6,7 +6,7 @@
 // which take some 512 cycles with 256 tokens. The activations are the B operand, bytes in split
 // order, which is already the order that a swizzled wgmma descriptor expects in shared memory.
 //
-//   producer         W fragments --bulk copy--\                 full[slot]   bytes landed
+//   producer         W fragments --bulk copy--+                 full[slot]   bytes landed
 //   (one thread)     X split ------bulk copy--> ring[kStages] ----------> consumers
 //                                                   ^                         |
 //                                                   '------- empty[slot] -----'   8 warps are done
@@ -208,6 +208,8 @@ __global__ void __launch_bounds__(kSm90Threads, 1) gemm_sm90_kernel(const GemmAr
       group_sync();  // staging is free again
     }
   }
+#else
+  refuse_architecture();
 #endif
 }
 
