@@ -13,7 +13,7 @@ inline uint32_t load_word(const void* p) {
   memcpy(&v, p, 4);
   return v;
 }
-inline uint4 load_streaming_16(const void* p) {
+inline uint4 load_early_16(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16)
     emu::fail("a misaligned 16-byte load from global memory");
   uint4 v;

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeCtasPerSm) gemm_decode_
     uint4 in_flight[kDecodeDepth];
 #pragma unroll
     for (int d = 0; d < kDecodeDepth; d++)
-      if (d < blocks) in_flight[d] = load_streaming_16(w + size_t(d) * kFragmentBytes);
+      if (d < blocks) in_flight[d] = load_early_16(w + size_t(d) * kFragmentBytes);
 
     // ---- stage the tokens of this slice in operand order; absent tokens are zero
     for (int i = thread; i < blocks * kTiles8 * 32; i += kDecodeThreads) {
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeCtasPerSm) gemm_decode_
         const int block = base + d;
         if (block < blocks) {  // the same for all threads
           const uint32_t words[4] = {in_flight[d].x, in_flight[d].y, in_flight[d].z, in_flight[d].w};
-          if (block + kDecodeDepth < blocks) in_flight[d] = load_streaming_16(w + size_t(block + kDecodeDepth) * kFragmentBytes);
+          if (block + kDecodeDepth < blocks) in_flight[d] = load_early_16(w + size_t(block + kDecodeDepth) * kFragmentBytes);
           const unsigned char* tokens = staged + block * kTiles8 * Staged::kTileBytes + lane() * Staged::kLaneBytes;
           if constexpr (kNative) {
 #pragma unroll
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeCtasPerSm) gemm_decode_
 
 // Slices: as many as fill the machine, unless they would be shorter than the loads in flight; and
 // enough that a slice of tokens fits its shared memory.
-GemmPlan plan_decode(const Device& device, int m, int n, int k, int requested_splits) {
+GemmPlan plan_decode(const DeviceLimits& device, int m, int n, int k, int requested_splits) {
   const int blocks_n = fragment_blocks_n(n), blocks_k = k / kFragmentColumns;
   const int wanted = requested_splits > 0 ? requested_splits : ceil_div(device.multiprocessors * kDecodeCtasPerSm, blocks_n);
   const int shortest = requested_splits > 0 ? 1 : kDecodeMinBlocks;

@@ -8,46 +8,19 @@
 //
 // An s4 kernel is never launched on 9.0 or later, where ptxas would emulate it by some hundred
 // instructions per mma; nor does it exist there: its body compiles to a trap.
-#include <atomic>
-
+#include "device.hpp"
 #include "gemm.cuh"
 #include "gemm_checks.hpp"
 #include "gemm_launch.hpp"
 
 namespace qr {
 
-static bool has_s4(const Device& device) {
+static bool has_s4(const DeviceLimits& device) {
   return device.compute_capability >= 80 && device.compute_capability < 90;
 }
 
-// The current device. Attributes never change, so each device is asked once; the two fields travel
-// in one word because several threads may ask.
-static int current_device(Device* device) {
-#if defined(__CUDACC__)
-  constexpr int kDevices = 64;
-  static std::atomic<uint32_t> known[kDevices];
-  int id = 0;
-  if (cudaGetDevice(&id) != cudaSuccess) return refused_launch();
-  uint32_t word = id < kDevices ? known[id].load(std::memory_order_relaxed) : 0;
-  if (word == 0) {
-    int major = 0, minor = 0, count = 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id) != cudaSuccess ||
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id) != cudaSuccess ||
-        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, id) != cudaSuccess)
-      return refused_launch();
-    word = uint32_t(10 * major + minor) << 16 | uint32_t(count);
-    if (id < kDevices) known[id].store(word, std::memory_order_relaxed);
-  }
-  *device = {int(word >> 16), int(word & 0xFFFF)};
-#else
-  // Few enough that small test problems give a persistent CTA more than one tile.
-  *device = {emu::options().compute_capability, 4};
-#endif
-  return QR_OK;
-}
-
 // The kernel that runs, or a status. `m` is passed apart: the workspace query tries several.
-static int choose_kernel(const Device& device, const qr_gemm_args& args, int64_t m, int* kernel) {
+static int choose_kernel(const DeviceLimits& device, const qr_gemm_args& args, int64_t m, int* kernel) {
   const bool packed = args.activation_layout == QR_LAYOUT_ACTIVATIONS_PACKED_V1;
   const bool split = args.activation_layout == QR_LAYOUT_ACTIVATIONS_SPLIT_V1;
   if (!packed && !split) return QR_ERROR_UNSUPPORTED_LAYOUT;
@@ -82,7 +55,7 @@ static int choose_kernel(const Device& device, const qr_gemm_args& args, int64_t
   }
 }
 
-static GemmPlan make_plan(const Device& device, int kernel, int64_t m, const qr_gemm_args& args) {
+static GemmPlan make_plan(const DeviceLimits& device, int kernel, int64_t m, const qr_gemm_args& args) {
   const int n = int(args.n), k = int(args.k), splits = args.split_k;
   if (kernel == QR_GEMM_DECODE) return plan_decode(device, int(m), n, k, splits);
   if (kernel == QR_GEMM_WGMMA_S8) return plan_sm90(device, int(m), n, k, splits);
@@ -110,8 +83,8 @@ extern "C" {
 
 // Enough for every number of tokens up to args->m, so that a plugin may ask once with its maximum.
 size_t qr_gemm_workspace_size(const qr_gemm_args* args) {
-  Device device;
-  if (!args || check_sizes(*args) != QR_OK || args->m == 0 || current_device(&device) != QR_OK) return 0;
+  if (!args || check_sizes(*args) != QR_OK || args->m == 0) return 0;
+  const DeviceLimits& device = device_limits();
   size_t most = 0;
   const auto consider = [&](int64_t m) {
     int kernel;
@@ -147,8 +120,7 @@ int qr_gemm(const qr_gemm_args* args, void* stream) {
   if (!raw && !is_activation_dtype(args->out_dtype)) return QR_ERROR_UNSUPPORTED_DTYPE;
   QR_RETURN_IF_ERROR(check_sizes(*args));
   if (args->y_stride < args->n || (!raw && args->y_stride % 8)) return QR_ERROR_UNSUPPORTED_SHAPE;
-  Device device;
-  QR_RETURN_IF_ERROR(current_device(&device));
+  const DeviceLimits& device = device_limits();
   int kernel;
   QR_RETURN_IF_ERROR(choose_kernel(device, *args, args->m, &kernel));
   if (args->m == 0) return QR_OK;

@@ -4,16 +4,11 @@
 #include <cstddef>
 
 #include "common.cuh"
+#include "device.hpp"
 
 namespace qr {
 
 struct GemmArgs;
-
-// The device that a plan is made for.
-struct Device {
-  int compute_capability;  // 10 * major + minor
-  int multiprocessors;
-};
 
 // How a kernel cuts (m, n, k). It depends on sizes and device alone: the workspace query and the
 // launch make the same one.
@@ -27,14 +22,14 @@ struct GemmPlan {
 };
 
 // requested_splits: parts of k; 0 lets the plan choose.
-GemmPlan plan_mma(const Device& device, int m, int n, int k, int requested_splits);
-GemmPlan plan_sm90(const Device& device, int m, int n, int k, int requested_splits);
-GemmPlan plan_decode(const Device& device, int m, int n, int k, int requested_splits);
+GemmPlan plan_mma(const DeviceLimits& device, int m, int n, int k, int requested_splits);
+GemmPlan plan_sm90(const DeviceLimits& device, int m, int n, int k, int requested_splits);
+GemmPlan plan_decode(const DeviceLimits& device, int m, int n, int k, int requested_splits);
 
 // native: s4 tensor cores; only with compute capability 8.x.
 int launch_mma(const GemmPlan& plan, const GemmArgs& args, bool native, cudaStream_t stream);
 // Tokens in split order; only with compute capability 9.0.
-int launch_sm90(const GemmPlan& plan, const GemmArgs& args, const Device& device, cudaStream_t stream);
+int launch_sm90(const GemmPlan& plan, const GemmArgs& args, const DeviceLimits& device, cudaStream_t stream);
 // split: tokens in split order, else packed.
 int launch_decode(const GemmPlan& plan, const GemmArgs& args, bool native, bool split, cudaStream_t stream);
 

@@ -184,7 +184,7 @@ using Shape128 = MmaShape<2, 2, 4, 8, 4>;
 using Shape256 = MmaShape<2, 4, 4, 8, 4>;
 
 template <class S>
-static void fill_plan(GemmPlan& plan, int shape, const Device& device, int m, int n, int k, int requested_splits) {
+static void fill_plan(GemmPlan& plan, int shape, const DeviceLimits& device, int m, int n, int k, int requested_splits) {
   const int steps = ceil_div(k, kStepColumns);
   plan.shape = shape;
   plan.tiles = ceil_div(n, S::kFeatures) * ceil_div(m, S::kTokens);
@@ -198,7 +198,7 @@ static void fill_plan(GemmPlan& plan, int shape, const Device& device, int m, in
   plan.sums = plan.splits > 1 ? size_t(plan.tiles) * S::kFeatures * S::kTokens : 0;
 }
 
-GemmPlan plan_mma(const Device& device, int m, int n, int k, int requested_splits) {
+GemmPlan plan_mma(const DeviceLimits& device, int m, int n, int k, int requested_splits) {
   GemmPlan plan;
   const int feature_tiles = ceil_div(n, Shape128::kFeatures);
   if (m <= Shape32::kTokens)

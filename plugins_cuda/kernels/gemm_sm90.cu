@@ -222,7 +222,7 @@ using Sm90Shape128 = Sm90Shape<128, 8>;
 using Sm90Shape256 = Sm90Shape<256, 5>;
 
 template <class S>
-static void fill_plan(GemmPlan& plan, int shape, const Device& device, int m, int n, int k, int requested_splits) {
+static void fill_plan(GemmPlan& plan, int shape, const DeviceLimits& device, int m, int n, int k, int requested_splits) {
   const int steps = ceil_div(k, kStepColumns);
   plan.shape = shape;
   plan.tiles = ceil_div(n, kSm90Features) * ceil_div(m, S::kTokens);
@@ -235,7 +235,7 @@ static void fill_plan(GemmPlan& plan, int shape, const Device& device, int m, in
   plan.sums = plan.splits > 1 ? size_t(plan.tiles) * kSm90Features * S::kTokens : 0;
 }
 
-GemmPlan plan_sm90(const Device& device, int m, int n, int k, int requested_splits) {
+GemmPlan plan_sm90(const DeviceLimits& device, int m, int n, int k, int requested_splits) {
   GemmPlan plan;
   const auto rounds = [&](int tokens) {  // tiles that the busiest multiprocessor computes, one after another
     return ceil_div(ceil_div(n, kSm90Features) * ceil_div(m, tokens), device.multiprocessors);
@@ -256,13 +256,13 @@ GemmPlan plan_sm90(const Device& device, int m, int n, int k, int requested_spli
 }
 
 template <class S>
-static int launch(const GemmPlan& plan, const GemmArgs& args, const Device& device, cudaStream_t stream) {
+static int launch(const GemmPlan& plan, const GemmArgs& args, const DeviceLimits& device, cudaStream_t stream) {
   const int work_items = plan.tiles * plan.splits, resident = device.multiprocessors;
   return QR_LAUNCH((gemm_sm90_kernel<S>), dim3(work_items < resident ? work_items : resident), dim3(kSm90Threads), S::kSharedBytes,
                           stream, args, work_items);
 }
 
-int launch_sm90(const GemmPlan& plan, const GemmArgs& args, const Device& device, cudaStream_t stream) {
+int launch_sm90(const GemmPlan& plan, const GemmArgs& args, const DeviceLimits& device, cudaStream_t stream) {
   switch (plan.shape) {
     case 0: return launch<Sm90Shape16>(plan, args, device, stream);
     case 1: return launch<Sm90Shape32>(plan, args, device, stream);
