@@ -44,6 +44,7 @@ inline uint32_t subtract_f16x2(uint32_t a, uint32_t b) {
   return pack_pair<f16>(x.x - y.x, x.y - y.y);
 }
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline float log2_fast(float x) { return std::log2(x); }
 
 template <class T>
@@ -54,7 +55,12 @@ template <class T>
 inline void store_shared(void* pointer, T value, int site = __builtin_LINE()) {
   emu::shared_store<T>(pointer, value, site);
 }
-inline uint32_t load_streaming(const uint32_t* pointer) { return *pointer; }
+inline uint32_t load_streaming_4(const void* pointer) {
+  return *static_cast<const uint32_t*>(pointer);
+}
+inline uint4 load_streaming_chunk(const void* pointer) {
+  return *static_cast<const uint4*>(pointer);
+}
 
 inline void cp_async16(void* shared, const void* global, bool valid) {
   emu::async_copy(shared, global, 16, valid ? 16 : 0);

@@ -316,10 +316,15 @@ typedef struct qr_emulation_counters {
   int64_t async_copies;       // cp.async and bulk copies
 } qr_emulation_counters;
 
-// seed 0: threads run in index order; otherwise the order is shuffled between rendezvous. workers:
-// OS threads. compute_capability: what qr_gemm's AUTO dispatch believes it runs on (80, 86, 89, 90,
-// 120).
-QR_EXPORT void qr_emulation_configure(uint32_t seed, int32_t workers, int32_t compute_capability);
+typedef struct qr_emulation_options {
+  uint32_t seed;    // 0: threads run in index order and copies land late; else both are random
+  int32_t workers;  // operating-system threads
+  int32_t compute_capability;  // what host dispatch believes it runs on (80, 86, 89, 90, 120)
+  int32_t check_races;         // 1: watch every byte of shared memory
+  int32_t count_banks;         // 1: count bank conflicts of vector accesses (slow)
+} qr_emulation_options;
+
+QR_EXPORT void qr_emulation_configure(const qr_emulation_options* options);
 QR_EXPORT void qr_emulation_reset_counters(void);
 QR_EXPORT void qr_emulation_read_counters(qr_emulation_counters* counters);
 

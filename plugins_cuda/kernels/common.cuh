@@ -4,10 +4,12 @@
 // emu/.
 //
 //   launching        QR_LAUNCH, QR_DYN_SMEM
-//   numbers          f16, bf16, to_f32, from_f32, pack_pair, unpack_pair, rounded_to
+//   numbers          f16, bf16, to_f32, from_f32, pack_pair, unpack_pair, rounded_to, exp2_fast,
+//   log2_fast,
+//                    reciprocal_fast, subtract_f16x2
 //   warps            lane, warp_max, warp_min, warp_sum, __shfl_xor_sync, __syncwarp
 //   shared memory    load_shared, store_shared
-//   global memory    load_streaming
+//   global memory    load_streaming_4, load_streaming_chunk
 //   async copies     cp_async16, cp_async4, cp_commit, cp_wait
 //   tensor cores     ldmatrix_x4, ldmatrix_x4_transposed, transpose_fragment, mma_s4, mma_s8,
 //   mma_16
@@ -115,6 +117,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+__device__ __forceinline__ float reciprocal_fast(float x) { return __fdividef(1.f, x); }
 __device__ __forceinline__ float log2_fast(float x) { return __log2f(x); }
 
 // --------------------------------------------------------------------------------------------
@@ -129,11 +132,18 @@ __device__ __forceinline__ void store_shared(void* pointer, T value) {
   *static_cast<T*>(pointer) = value;
 }
 
-// 4 bytes that nobody reads again soon: they do not displace anything in L1.
-__device__ __forceinline__ uint32_t load_streaming(const uint32_t* pointer) {
+// Data that nobody reads again soon: it does not displace anything in L1.
+__device__ __forceinline__ uint32_t load_streaming_4(const void* pointer) {
   uint32_t value;
   asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(value) : "l"(pointer));
   return value;
+}
+__device__ __forceinline__ uint4 load_streaming_chunk(const void* pointer) {
+  uint4 v;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(pointer));
+  return v;
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
