@@ -105,6 +105,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1) gemm_sm90_kernel(const GemmAr
         const WorkItem item = work_item<S>(p, index);
         const int token0 = item.at.token * S::kTokens;
         const int token_bytes = min(S::kTokens, rows - token0) * kStepColumns;  // rows after the last stay as they are
+#pragma unroll 1
         for (int i = 0; i < item.steps; i++) {
           const int step = item.first_step + i;
           unsigned char* slot = ring + at.slot * S::kSlotBytes;

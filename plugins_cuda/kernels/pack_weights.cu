@@ -14,18 +14,17 @@ constexpr int kPackThreads = 256;
 // A thread writes one lane's 16 bytes. packed: [n, k/2] bytes as words of 8 codes. fragments: see
 // layouts.hpp. Rows and words outside the weight are zero codes.
 __global__ void __launch_bounds__(kPackThreads)
-    pack_fragments_kernel(const uint32_t* packed, uint4* fragments, int n, int k, int64_t lanes) {
-  const int64_t i = int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
-  if (i >= lanes) return;
-  const int at = int(i % 32), warp = int(i / 32 % 4), g = at / 4, q = at % 4;
-  const int64_t block = i / 128;
+    pack_fragments_kernel(const uint32_t* packed, uint4* fragments, int n, int k) {
   const int blocks_k = fragment_blocks_k(k), words = k / 8;
-  const int64_t row = block / blocks_k * kFragmentRows + warp * 16 + g;
-  const int word = int(block % blocks_k) * 8 + q;
-  const auto load = [&](int64_t r, int w) -> uint32_t {
-    return r < n && w < words ? packed[r * words + w] : 0;
+  const int i = blockIdx.x * kPackThreads + threadIdx.x;  // lane of this row of blocks
+  if (i >= blocks_k * 128) return;
+  const int at = i % 32, warp = i / 32 % 4, g = at / 4, q = at % 4;
+  const int row = blockIdx.y * kFragmentRows + warp * 16 + g, word = i / 128 * 8 + q;
+  const auto load = [&](int r, int w) -> uint32_t {
+    return r < n && w < words ? packed[int64_t(r) * words + w] : 0;
   };
-  fragments[i] = uint4{load(row, word), load(row + 8, word), load(row, word + 4), load(row + 8, word + 4)};
+  fragments[int64_t(blockIdx.y) * blocks_k * 128 + i] =
+      uint4{load(row, word), load(row + 8, word), load(row, word + 4), load(row + 8, word + 4)};
 }
 
 // A warp sums one row of weight codes.
@@ -50,25 +49,24 @@ __device__ __forceinline__ uint32_t signed_bytes(uint32_t codes) {
   return (((codes ^ 0x08080808u) | 0x80808080u) - 0x08080808u) ^ 0x80808080u;
 }
 
-// A thread takes 32 codes (16 bytes) of one token and writes their even and their odd codes, one
-// 16-byte chunk each. k beyond the row reads as zero codes; rows of padding are left alone.
+// A block takes a token; a thread 32 codes (16 bytes) of it at a time, whose even and odd codes are
+// one 16-byte chunk each. k beyond the row reads as zero codes; rows of padding are left alone.
 __global__ void __launch_bounds__(kPackThreads)
-    split_activations_kernel(const uint8_t* packed, uint8_t* split, int m, int k, int64_t pieces) {
-  const int64_t i = int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
-  if (i >= pieces) return;
-  const int piece = int(i % 4), rows = split_rows(m);  // of the step's four
-  const int64_t rest = i / 4;
-  const int steps = ceil_div(k, kStepColumns), step = int(rest % steps), token = int(rest / steps);
-  uint4 v{0, 0, 0, 0};
-  if (step * kStepColumns + piece * 32 < k)
-    v = *reinterpret_cast<const uint4*>(packed + int64_t(token) * (k / 2) + step * 64 + piece * 16);
+    split_activations_kernel(const uint8_t* packed, uint8_t* split, int m, int k) {
+  const int token = blockIdx.x, rows = split_rows(m);
   const auto even = [](uint32_t w) { return signed_bytes(w & 0x0F0F0F0Fu); };
   const auto odd = [](uint32_t w) { return signed_bytes((w >> 4) & 0x0F0F0F0Fu); };
-  const int chunk = piece / 2 * 4 + piece % 2;
-  *reinterpret_cast<uint4*>(split + split_offset(step, token, chunk, rows)) =
-      uint4{even(v.x), even(v.y), even(v.z), even(v.w)};
-  *reinterpret_cast<uint4*>(split + split_offset(step, token, chunk + 2, rows)) =
-      uint4{odd(v.x), odd(v.y), odd(v.z), odd(v.w)};
+  for (int i = threadIdx.x; i < ceil_div(k, kStepColumns) * 4; i += kPackThreads) {
+    const int step = i / 4, piece = i % 4;
+    uint4 v{0, 0, 0, 0};
+    if (i * 32 < k)
+      v = *reinterpret_cast<const uint4*>(packed + int64_t(token) * (k / 2) + i * 16);
+    const int chunk = piece / 2 * 4 + piece % 2;
+    *reinterpret_cast<uint4*>(split + split_offset(step, token, chunk, rows)) =
+        uint4{even(v.x), even(v.y), even(v.z), even(v.w)};
+    *reinterpret_cast<uint4*>(split + split_offset(step, token, chunk + 2, rows)) =
+        uint4{odd(v.x), odd(v.y), odd(v.z), odd(v.w)};
+  }
 }
 
 }  // namespace qr
@@ -89,11 +87,11 @@ int qr_pack_weight(int32_t layout, int64_t n, int64_t k, const void* packed, voi
   QR_RETURN_IF_ERROR(check_pointer(packed));
   QR_RETURN_IF_ERROR(check_pointer(out));
   if (layout != QR_LAYOUT_WEIGHTS_FRAGMENTS_V1) return QR_ERROR_UNSUPPORTED_LAYOUT;
-  const int64_t lanes = int64_t(qr_weight_bytes(layout, n, k) / 16);
-  const unsigned blocks = unsigned((lanes + kPackThreads - 1) / kPackThreads);
-  return QR_LAUNCH(pack_fragments_kernel, dim3(blocks), dim3(kPackThreads), 0,
-                   static_cast<cudaStream_t>(stream), static_cast<const uint32_t*>(packed),
-                   static_cast<uint4*>(out), int(n), int(k), lanes);
+  const int lanes = fragment_blocks_k(int(k)) * 128;  // of a row of blocks
+  return QR_LAUNCH(pack_fragments_kernel,
+                   dim3(ceil_div(lanes, kPackThreads), fragment_blocks_n(int(n))),
+                   dim3(kPackThreads), 0, static_cast<cudaStream_t>(stream),
+                   static_cast<const uint32_t*>(packed), static_cast<uint4*>(out), int(n), int(k));
 }
 
 int qr_weight_sums(int64_t n, int64_t k, const void* packed, int32_t* w_sum, void* stream) {
@@ -111,11 +109,9 @@ int qr_split_activations(int64_t m, int64_t k, const void* packed, void* split, 
   if (m == 0) return QR_OK;
   QR_RETURN_IF_ERROR(check_pointer(packed));
   QR_RETURN_IF_ERROR(check_pointer(split));
-  const int64_t pieces = m * ceil_div(int(k), kStepColumns) * 4;
-  const unsigned blocks = unsigned((pieces + kPackThreads - 1) / kPackThreads);
-  return QR_LAUNCH(split_activations_kernel, dim3(blocks), dim3(kPackThreads), 0,
+  return QR_LAUNCH(split_activations_kernel, dim3(unsigned(m)), dim3(kPackThreads), 0,
                    static_cast<cudaStream_t>(stream), static_cast<const uint8_t*>(packed),
-                   static_cast<uint8_t*>(split), int(m), int(k), pieces);
+                   static_cast<uint8_t*>(split), int(m), int(k));
 }
 
 }  // extern "C"
