@@ -120,6 +120,7 @@ struct Group {
 // One access of a warp to shared memory, being assembled from its lanes (bank counting).
 struct WarpAccess {
   unsigned lanes = 0, bytes = 0;
+  uint32_t present = 0;  // bit l: lane l takes part
   uint32_t address[kWarpSize];
 };
 

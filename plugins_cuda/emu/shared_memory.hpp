@@ -82,9 +82,13 @@ inline int phase_conflicts(const uint32_t* addresses, unsigned lanes, unsigned b
 inline void count_access(const WarpAccess& access) {
   const unsigned per_phase = access.bytes <= 4 ? 32 : 128 / access.bytes;
   int conflicts = 0;
-  for (unsigned l = 0; l < access.lanes; l += per_phase)
-    conflicts += phase_conflicts(access.address + l, std::min(per_phase, access.lanes - l),
-                                 std::max(4u, access.bytes));
+  for (unsigned first = 0; first < kWarpSize; first += per_phase) {
+    uint32_t addresses[kWarpSize];
+    unsigned lanes = 0;
+    for (unsigned l = first; l < first + per_phase; l++)
+      if (access.present >> l & 1) addresses[lanes++] = access.address[l];
+    conflicts += phase_conflicts(addresses, lanes, std::max(4u, access.bytes));
+  }
   counters().vector_accesses++;
   counters().vector_conflicts += conflicts;
 }
@@ -95,7 +99,9 @@ inline void record_access(uint32_t offset, unsigned bytes, int site) {
   auto& pending = block->accesses[warp()];
   WarpAccess& access = pending[key];
   access.bytes = bytes;
-  access.address[access.lanes++] = bytes < 4 ? offset & ~3u : offset;
+  access.address[lane()] = bytes < 4 ? offset & ~3u : offset;  // lanes arrive in any order
+  access.present |= 1u << lane();
+  access.lanes++;
   if (access.lanes == kWarpSize) {
     count_access(access);
     pending.erase(key);
