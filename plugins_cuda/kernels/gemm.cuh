@@ -16,8 +16,8 @@
 //   acc >> shift, - zero * w_sum, * scale * w_scale, + bias      one rounding to fp16 / bf16
 //
 // The exact integer. An s8 operand made of a nibble is 16 times its value (a mask and a shift, no
-// sign extension), so the accumulator is 16 or 256 times the sum of products; the epilogue shifts it
-// back before it is used, and nothing is lost: |sum| * 256 <= 64 * 256 * k < 2^31 for k < 131072.
+// sign extension), so the accumulator is 16 or 256 times the sum of products; the epilogue shifts
+// it back before it is used, and nothing is lost: 64 * 256 * k < 2^31 for every k < 131072.
 #pragma once
 #include "common.cuh"
 #include "gemm_ops.cuh"
@@ -25,37 +25,40 @@
 
 namespace qr {
 
-// ------------------------------------------------------------------------------------ operand orders
+// ---------------------------------------------------------------------------------- operand orders
 
 // Eight nibbles -> the four even ones, or the four odd ones, as signed bytes times 16.
-__device__ __forceinline__ uint32_t even_codes_x16(uint32_t word) { return (word << 4) & 0xF0F0F0F0u; }
+__device__ __forceinline__ uint32_t even_codes_x16(uint32_t word) {
+  return (word << 4) & 0xF0F0F0F0u;
+}
 __device__ __forceinline__ uint32_t odd_codes_x16(uint32_t word) { return word & 0xF0F0F0F0u; }
 
-// ------------------------------------------------------------------------------------------- problem
+// ----------------------------------------------------------------------------------------- problem
 
 // Everything a GEMM kernel reads, by value. Pointers are device pointers.
 struct GemmArgs {
-  const void* q;            // activation codes: packed or split order
-  const float* scale;       // [m] one per token
-  const float* zero;        // [m] integer-valued zero point per token, or null (symmetric)
-  const uint8_t* w;         // weight codes in fragment order
-  const float* w_scale;     // [n] one per output feature
+  const void* q;         // activation codes: packed or split order
+  const float* scale;    // [m] one per token
+  const float* zero;     // [m] integer-valued zero point per token, or null (symmetric)
+  const uint8_t* w;      // weight codes in fragment order
+  const float* w_scale;  // [n] one per output feature
   const int32_t* w_sum;  // [n] sum over k of a feature's codes; read when zero is not null
-  const float* bias;        // [n] or null
-  void* y;                  // [m, n], rows y_stride elements apart
-  int64_t y_stride;         // a multiple of 8
-  int32_t* counters;        // split-K: arrivals per tile, zero between launches
-  int32_t* sums;            // split-K: partial sums per tile, zero between launches
-  int m, n, k;              // tokens, output features, inner length
-  int out_dtype;            // qr_dtype of y; QR_DTYPE_INT32 stores the exact sums
-  int steps_per_split;      // units of k that one split takes: 128 codes (decode: 64)
-  int splits;               // parts of k; 1: the workspace is not touched
+  const float* bias;     // [n] or null
+  void* y;               // [m, n], rows y_stride elements apart
+  int64_t y_stride;      // a multiple of 8
+  int32_t* counters;     // split-K: arrivals per tile, zero between launches
+  int32_t* sums;         // split-K: partial sums per tile, zero between launches
+  int m, n, k;           // tokens, output features, inner length
+  int out_dtype;         // qr_dtype of y; QR_DTYPE_INT32 stores the exact sums
+  int steps_per_split;   // units of k that one split takes: 128 codes (decode: 64)
+  int splits;            // parts of k; 1: the workspace is not touched
 };
 
 // One output value. Products and sums are rounded one by one (`_rn` forbids contraction to FMA), so
-// the result equals the NumPy reference bit for bit. `bias` is -0.0 where there is none: x + -0.0 is
-// x for every x, where x + 0.0 would turn -0.0 into +0.0.
-__device__ __forceinline__ float scaled_output(int sum, float token_scale, float w_scale, float bias) {
+// the result equals the NumPy reference bit for bit. `bias` is -0.0 where there is none: x + -0.0
+// is x for every x, where x + 0.0 would turn -0.0 into +0.0.
+__device__ __forceinline__ float scaled_output(int sum, float token_scale, float w_scale,
+                                               float bias) {
   return __fadd_rn(__fmul_rn(__fmul_rn(__int2float_rn(sum), token_scale), w_scale), bias);
 }
 
@@ -93,7 +96,7 @@ __device__ __forceinline__ TokenTerms token_terms(const GemmArgs& p, int token) 
   return t;
 }
 
-// ----------------------------------------------------------------------------------------- L2 order
+// ---------------------------------------------------------------------------------------- L2 order
 
 // Tile number -> (feature tile, token tile). Eight feature tiles are walked through all their token
 // tiles before the next eight, so that the CTAs running together share both operands in L2.
@@ -101,7 +104,8 @@ struct TileCoordinates {
   int feature, token;
 };
 
-__device__ __forceinline__ TileCoordinates tile_coordinates(int tile, int feature_tiles, int token_tiles) {
+__device__ __forceinline__ TileCoordinates tile_coordinates(int tile, int feature_tiles,
+                                                            int token_tiles) {
   constexpr int kGroup = 8;
   const int group = tile / (kGroup * token_tiles);
   const int first = group * kGroup;
@@ -110,7 +114,7 @@ __device__ __forceinline__ TileCoordinates tile_coordinates(int tile, int featur
   return {first + within % width, within / width};
 }
 
-// ------------------------------------------------------------------------------------------ split-K
+// ----------------------------------------------------------------------------------------- split-K
 
 // Adds this CTA's partial sums to the tile's and tells whether it came last. Integer addition is
 // exact and commutes, so the result does not depend on the order of arrival: split-K stays
@@ -145,11 +149,11 @@ __device__ __forceinline__ bool reduce_splits(int (&acc)[kCount], int32_t* sums,
   return true;
 }
 
-// ----------------------------------------------------------------------------------------- epilogue
+// ---------------------------------------------------------------------------------------- epilogue
 
-// Row pitch, in bytes, of the shared-memory tile in which outputs change from feature-major (how the
-// tensor core leaves them) to token-major (how y lies). 64 features are 128 bytes; 16 more shift
-// each row by four banks, so the 8 x 4 words that a warp writes at once fall into 32 banks.
+// Row pitch, in bytes, of the shared-memory tile in which outputs change from feature-major (how
+// the tensor core leaves them) to token-major (how y lies). 64 features are 128 bytes; 16 more
+// shift each row by four banks, so the 8 x 4 words that a warp writes at once fall into 32 banks.
 constexpr int kStagingPitch = 64 * 2 + 16;
 
 // Scales one warp's fragments and writes them, transposed, to `staging` [tokens][64 features].
@@ -171,7 +175,8 @@ __device__ __forceinline__ void stage_outputs(const GemmArgs& p, const int (*acc
     for (int j = 0; j < kBatch; j++)
 #pragma unroll
       for (int r = 0; r < 2; r++)
-        if (batch + j < kTiles8) tokens[j][r] = token_terms(p, token0 + (batch + j) * 8 + 2 * q + r);
+        if (batch + j < kTiles8)
+          tokens[j][r] = token_terms(p, token0 + (batch + j) * 8 + 2 * q + r);
 #pragma unroll
     for (int j = batch; j < kTiles8 && j < batch + kBatch; j++) {
 #pragma unroll
@@ -188,8 +193,9 @@ __device__ __forceinline__ void stage_outputs(const GemmArgs& p, const int (*acc
           }
           // (feature g, tokens 2q 2q+1) -> (token g, features 2q 2q+1)
           const uint32_t pair = transpose_fragment(pack_outputs(p.out_dtype, value[0], value[1]));
-          store_shared(staging + (j * 8 + g) * kStagingPitch + (column + i * 16 + half * 8 + 2 * q) * 2,
-                       pair);
+          store_shared(
+              staging + (j * 8 + g) * kStagingPitch + (column + i * 16 + half * 8 + 2 * q) * 2,
+              pair);
         }
     }
     compiler_fence();  // fetch the next batch's terms only now: registers are short
@@ -197,7 +203,8 @@ __device__ __forceinline__ void stage_outputs(const GemmArgs& p, const int (*acc
 }
 
 // The exact sums, straight from the fragments, neither corrected nor scaled: y is int32 [m, n]. For
-// tests, and for callers that scale elsewhere; its scattered 4-byte stores are not meant to be fast.
+// tests, and for callers that scale elsewhere; its scattered 4-byte stores are not meant to be
+// fast.
 template <int kShift, int kTiles16, int kTiles8>
 __device__ __forceinline__ void store_sums(const GemmArgs& p, const int (*acc)[4], int feature0,
                                            int token0) {
@@ -218,21 +225,26 @@ __device__ __forceinline__ void store_sums(const GemmArgs& p, const int (*acc)[4
   }
 }
 
-// Moves staged rows to y in 16-byte pieces: eight lanes take one token's 128 bytes, so a warp writes
-// whole lines. kFeatures: staged features (32 or 64). Rows and columns outside y are dropped; n is a
-// multiple of 8, so a piece is inside or outside as a whole.
+// Moves staged rows to y in 16-byte pieces: eight lanes take one token's 128 bytes, so a warp
+// writes whole lines. kFeatures: staged features (32 or 64). Rows and columns outside y are
+// dropped; n is a multiple of 8, so a piece is inside or outside as a whole.
 //
 // thread, threads: this thread's number among those that copy. tokens: staged rows.
 template <int kFeatures>
-__device__ __forceinline__ void copy_staged(const GemmArgs& p, const unsigned char* staging, int tokens, int feature0,
-                                            int token0, int thread, int threads) {
+__device__ __forceinline__ void copy_staged(const GemmArgs& p, const unsigned char* staging,
+                                            int tokens, int feature0, int token0, int thread,
+                                            int threads) {
   constexpr int kPieces = kFeatures / 8;
   unsigned char* y = static_cast<unsigned char*>(p.y);
   for (int i = thread; i < tokens * kPieces; i += threads) {
-    const int token = i / kPieces, piece = i % kPieces;
+    const int piece = i % kPieces, row = i / kPieces;
+    // Eight lanes share a shared-memory phase. Where they span two tokens, the second is the fourth
+    // after the first, whose banks are the other half: 4 * kStagingPitch = 64 bytes mod 128.
+    const int token = kPieces == 8 ? row : row / 8 * 8 + row % 8 / 2 + row % 2 * 4;
     const uint4 values = load_shared<uint4>(staging + token * kStagingPitch + piece * 16);
     if (token0 + token < p.m && feature0 + piece * 8 < p.n)
-      *reinterpret_cast<uint4*>(y + ((token0 + token) * p.y_stride + feature0 + piece * 8) * 2) = values;
+      *reinterpret_cast<uint4*>(y + ((token0 + token) * p.y_stride + feature0 + piece * 8) * 2) =
+          values;
   }
 }
 

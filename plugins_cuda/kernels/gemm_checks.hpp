@@ -15,14 +15,14 @@ namespace qr {
 constexpr int64_t kMaxTokens = 1 << 20, kMaxFeatures = 1 << 20;
 
 inline int check_weight_shape(int64_t n, int64_t k) {
-  const bool ok = n >= 8 && n <= kMaxFeatures && n % 8 == 0 && k >= kFragmentColumns && k <= kMaxK &&
-                  k % kFragmentColumns == 0;
+  const bool ok = n >= 8 && n <= kMaxFeatures && n % 8 == 0 && k >= kFragmentColumns &&
+                  k <= kMaxK && k % kFragmentColumns == 0;
   return ok ? QR_OK : QR_ERROR_UNSUPPORTED_SHAPE;
 }
 
 inline int check_activation_shape(int64_t m, int64_t k) {
-  const bool ok = m >= 0 && m <= kMaxTokens && k >= kFragmentColumns && k <= kMaxK &&
-                  k % kFragmentColumns == 0;
+  const bool ok =
+      m >= 0 && m <= kMaxTokens && k >= kFragmentColumns && k <= kMaxK && k % kFragmentColumns == 0;
   return ok ? QR_OK : QR_ERROR_UNSUPPORTED_SHAPE;
 }
 

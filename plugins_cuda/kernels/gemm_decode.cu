@@ -8,7 +8,7 @@
 //   W fragments --LDG.128, kDepth in flight--> registers --(s8: 3 ALU per 8 codes)--+
 //                                                                                   +-> mma --> acc
 //   X slice --once--> shared memory, in B-operand order --LDS--> registers ---------+
-//        acc --int32 atomics--> sums[tile]; the last CTA of a tile scales, stores, and puts zeros back
+//        acc --int32 atomics--> sums[tile]; a tile's last CTA scales, stores, puts zeros back
 //
 // Integer sums are exact and commute, so the split over k is deterministic to the bit.
 #include "gemm.cuh"
@@ -17,14 +17,19 @@
 namespace qr {
 
 constexpr int kDecodeThreads = 128;
-constexpr int kDecodeTokens = 16;  // two 8-token mma tiles at most
-constexpr int kDecodeDepth = 8;    // weight loads in flight per thread: 4 KB per warp
+constexpr int kDecodeTokens = 16;               // two 8-token mma tiles at most
+constexpr int kDecodeDepth = 8;                 // weight loads in flight per thread: 4 KB per warp
 constexpr int kDecodeMinBlocks = kDecodeDepth;  // k blocks of 64 in the shortest useful slice
 constexpr int kDecodeMaxBlocks = 32;            // and in the longest: 32 KB of staged tokens
-constexpr int kDecodeCtasPerSm = 8;  // resident: 64 registers a thread; 8 * 4 warps * 4 KB in flight
+constexpr int kDecodeCtasPerSm =
+    8;  // resident: 64 registers a thread; 8 * 4 warps * 4 KB in flight
 
-// One lane's share of a block of 64 k by 8 tokens, in shared memory: both s8 operands of two k steps
-// (even codes: k 0..15, 16..31; odd codes: likewise), or the one s4 operand.
+// Words between the tokens of the totals in shared memory: 64 features and 4 more, so that the four
+// token pairs of a warp's accumulators start 8 banks apart.
+constexpr int kTotalsPitch = kFragmentRows + 4;
+
+// One lane's share of a block of 64 k by 8 tokens, in shared memory: both s8 operands of two k
+// steps (even codes: k 0..15, 16..31; odd codes: likewise), or the one s4 operand.
 template <bool kNative>
 struct StagedTokens {
   static constexpr int kLaneBytes = kNative ? 8 : 16;
@@ -35,7 +40,8 @@ struct StagedTokens {
 // kTiles8: 8-token tiles (1: m <= 8, 2: m <= 16).
 // kSplit: the tokens come in split order (s8 only); else packed.
 template <bool kNative, int kTiles8, bool kSplit>
-__global__ void __launch_bounds__(kDecodeThreads, kDecodeCtasPerSm) gemm_decode_kernel(const GemmArgs p) {
+__global__ void __launch_bounds__(kDecodeThreads, kDecodeCtasPerSm) gemm_decode_kernel(
+    const GemmArgs p) {
 #if QR_HAS_S4_MMA
   constexpr bool kHere = true;
 #else
@@ -44,14 +50,16 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeCtasPerSm) gemm_decode_
   if constexpr (kHere) {
     static_assert(!(kNative && kSplit), "the s4 tensor core reads packed tokens");
     using Staged = StagedTokens<kNative>;
-    QR_DYN_SMEM(staged);  // [blocks][kTiles8][32 lanes]; then, when k is not split, [token][feature]
+    QR_DYN_SMEM(
+        staged);  // [blocks][kTiles8][32 lanes]; then, when k is not split, [token][kTotalsPitch]
     const int thread = threadIdx.x, warp = thread / 32, g = lane() / 4, q = lane() % 4;
     const int block_n = blockIdx.x, blocks_k = p.k / kFragmentColumns;
     const int first = blockIdx.y * p.steps_per_split;
     const int blocks = min(p.steps_per_split, blocks_k - first);
 
     // ---- start the weights on their way: they depend on nothing, and the rest hides behind them
-    const uint8_t* w = p.w + fragment_offset(block_n, first, fragment_blocks_k(p.k)) + warp * kWarpFragmentBytes + lane() * 16;
+    const uint8_t* w = p.w + fragment_offset(block_n, first, fragment_blocks_k(p.k)) +
+                       warp * kWarpFragmentBytes + lane() * 16;
     uint4 in_flight[kDecodeDepth];
 #pragma unroll
     for (int d = 0; d < kDecodeDepth; d++)
@@ -65,19 +73,22 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeCtasPerSm) gemm_decode_
       if constexpr (kSplit) {
         const auto chunk = [&](int c) {
           const uint8_t* q = static_cast<const uint8_t*>(p.q);
-          return load_word(q + split_offset(block / 2, token, block % 2 * 4 + c, split_rows(p.m)) + word * 4);
+          return load_word(q + split_offset(block / 2, token, block % 2 * 4 + c, split_rows(p.m)) +
+                           word * 4);
         };
         uint4 v{0, 0, 0, 0};
         if (ok) v = uint4{chunk(0), chunk(1), chunk(2), chunk(3)};
         store_shared(staged + i * Staged::kLaneBytes, v);
       } else {
-        const uint8_t* row = static_cast<const uint8_t*>(p.q) + size_t(token) * (p.k / 2) + block * 32 + word * 4;
+        const uint8_t* row =
+            static_cast<const uint8_t*>(p.q) + size_t(token) * (p.k / 2) + block * 32 + word * 4;
         const uint32_t low = ok ? load_word(row) : 0, high = ok ? load_word(row + 16) : 0;
         if constexpr (kNative)
           store_shared(staged + i * Staged::kLaneBytes, uint2{low, high});
         else
           store_shared(staged + i * Staged::kLaneBytes,
-                          uint4{even_codes_x16(low), even_codes_x16(high), odd_codes_x16(low), odd_codes_x16(high)});
+                       uint4{even_codes_x16(low), even_codes_x16(high), odd_codes_x16(low),
+                             odd_codes_x16(high)});
       }
     }
     __syncthreads();
@@ -93,9 +104,12 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeCtasPerSm) gemm_decode_
       for (int d = 0; d < kDecodeDepth; d++) {
         const int block = base + d;
         if (block < blocks) {  // the same for all threads
-          const uint32_t words[4] = {in_flight[d].x, in_flight[d].y, in_flight[d].z, in_flight[d].w};
-          if (block + kDecodeDepth < blocks) in_flight[d] = load_early_16(w + size_t(block + kDecodeDepth) * kFragmentBytes);
-          const unsigned char* tokens = staged + block * kTiles8 * Staged::kTileBytes + lane() * Staged::kLaneBytes;
+          const uint32_t words[4] = {in_flight[d].x, in_flight[d].y, in_flight[d].z,
+                                     in_flight[d].w};
+          if (block + kDecodeDepth < blocks)
+            in_flight[d] = load_early_16(w + size_t(block + kDecodeDepth) * kFragmentBytes);
+          const unsigned char* tokens =
+              staged + block * kTiles8 * Staged::kTileBytes + lane() * Staged::kLaneBytes;
           if constexpr (kNative) {
 #pragma unroll
             for (int j = 0; j < kTiles8; j++) {
@@ -106,7 +120,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeCtasPerSm) gemm_decode_
           } else {
             uint32_t even[4], odd[4];
 #pragma unroll
-            for (int r = 0; r < 4; r++) even[r] = even_codes_x16(words[r]), odd[r] = odd_codes_x16(words[r]);
+            for (int r = 0; r < 4; r++)
+              even[r] = even_codes_x16(words[r]), odd[r] = odd_codes_x16(words[r]);
 #pragma unroll
             for (int j = 0; j < kTiles8; j++) {
               const uint4 x = load_shared<uint4>(tokens + j * Staged::kTileBytes);
@@ -123,17 +138,18 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeCtasPerSm) gemm_decode_
     // ---- combine the slices: sums[tile][token][feature], absent tokens left out
     int* totals = reinterpret_cast<int*>(staged);
     if (p.splits == 1) __syncthreads();  // everybody is done with the staged tokens
-    int32_t* sums = p.splits > 1 ? p.sums + size_t(block_n) * kDecodeTokens * kFragmentRows : nullptr;
+    int32_t* sums =
+        p.splits > 1 ? p.sums + size_t(block_n) * kDecodeTokens * kFragmentRows : nullptr;
 #pragma unroll
     for (int j = 0; j < kTiles8; j++)
 #pragma unroll
       for (int r = 0; r < 4; r++) {
-        const int token = j * 8 + 2 * q + (r & 1), at = token * kFragmentRows + warp * 16 + g + (r >> 1) * 8;
+        const int token = j * 8 + 2 * q + (r & 1), feature = warp * 16 + g + (r >> 1) * 8;
         if (token >= p.m) continue;
         if (p.splits > 1)
-          atomic_accumulate(&sums[at], acc[j][r] >> kShift);
+          atomic_accumulate(&sums[token * kFragmentRows + feature], acc[j][r] >> kShift);
         else
-          store_shared(&totals[at], acc[j][r] >> kShift);
+          store_shared(&totals[token * kTotalsPitch + feature], acc[j][r] >> kShift);
       }
     if (p.splits > 1) {
       thread_fence();  // my sums before my arrival
@@ -154,23 +170,25 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeCtasPerSm) gemm_decode_
     const int feature = block_n * kFragmentRows + lane() * 2;
     const FeatureTerms f0 = feature_terms(p, feature), f1 = feature_terms(p, feature + 1);
     for (int token = warp; token < p.m; token += kDecodeThreads / 32) {
-      const int at = token * kFragmentRows + lane() * 2;
-      int s0, s1;
+      int2 s;
       if (p.splits > 1) {
-        s0 = load_l2(&sums[at]), s1 = load_l2(&sums[at + 1]);
-        sums[at] = 0, sums[at + 1] = 0;  // as the workspace was found
+        int32_t* mine = &sums[token * kFragmentRows + lane() * 2];
+        s = int2{load_l2(mine), load_l2(mine + 1)};
+        mine[0] = 0, mine[1] = 0;  // as the workspace was found
       } else {
-        s0 = load_shared<int>(&totals[at]), s1 = load_shared<int>(&totals[at + 1]);
+        s = load_shared<int2>(&totals[token * kTotalsPitch + lane() * 2]);
       }
       if (feature >= p.n) continue;
       if (p.out_dtype == QR_DTYPE_INT32) {
         int32_t* y = static_cast<int32_t*>(p.y) + token * p.y_stride + feature;
-        y[0] = s0, y[1] = s1;
+        y[0] = s.x, y[1] = s.y;
       } else {
         const TokenTerms t = token_terms(p, token);
-        const uint32_t pair = pack_outputs(p.out_dtype, scaled_output(s0 - t.zero * f0.sum, t.scale, f0.scale, f0.bias),
-                                           scaled_output(s1 - t.zero * f1.sum, t.scale, f1.scale, f1.bias));
-        *reinterpret_cast<uint32_t*>(static_cast<unsigned char*>(p.y) + (token * p.y_stride + feature) * 2) = pair;
+        const uint32_t pair = pack_outputs(
+            p.out_dtype, scaled_output(s.x - t.zero * f0.sum, t.scale, f0.scale, f0.bias),
+            scaled_output(s.y - t.zero * f1.sum, t.scale, f1.scale, f1.bias));
+        *reinterpret_cast<uint32_t*>(static_cast<unsigned char*>(p.y) +
+                                     (token * p.y_stride + feature) * 2) = pair;
       }
     }
   } else {
@@ -178,16 +196,20 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeCtasPerSm) gemm_decode_
   }
 }
 
-// ------------------------------------------------------------------------------------------- launch
+// ------------------------------------------------------------------------------------------ launch
 
 // Slices: as many as fill the machine, unless they would be shorter than the loads in flight; and
 // enough that a slice of tokens fits its shared memory.
 GemmPlan plan_decode(const DeviceLimits& device, int m, int n, int k, int requested_splits) {
   const int blocks_n = fragment_blocks_n(n), blocks_k = k / kFragmentColumns;
-  const int wanted = requested_splits > 0 ? requested_splits : ceil_div(device.multiprocessors * kDecodeCtasPerSm, blocks_n);
+  const int wanted = requested_splits > 0
+                         ? requested_splits
+                         : ceil_div(device.multiprocessors * kDecodeCtasPerSm, blocks_n);
   const int shortest = requested_splits > 0 ? 1 : kDecodeMinBlocks;
   int per_split = ceil_div(blocks_k, wanted);
-  per_split = per_split < shortest ? shortest : per_split > kDecodeMaxBlocks ? kDecodeMaxBlocks : per_split;
+  per_split = per_split < shortest           ? shortest
+              : per_split > kDecodeMaxBlocks ? kDecodeMaxBlocks
+                                             : per_split;
   GemmPlan plan;
   plan.shape = m <= 8 ? 1 : 2;
   plan.tiles = blocks_n;
@@ -201,15 +223,22 @@ GemmPlan plan_decode(const DeviceLimits& device, int m, int n, int k, int reques
 template <bool kNative, int kTiles8, bool kSplit>
 static int launch(const GemmPlan& plan, const GemmArgs& args, cudaStream_t stream) {
   const size_t staged = size_t(plan.steps_per_split) * kTiles8 * StagedTokens<kNative>::kTileBytes;
-  const size_t totals = size_t(kTiles8) * 8 * kFragmentRows * sizeof(int);
+  const size_t totals = size_t(kTiles8) * 8 * kTotalsPitch * sizeof(int);
   const size_t shared = staged > totals ? staged : totals;
-  return QR_LAUNCH((gemm_decode_kernel<kNative, kTiles8, kSplit>), dim3(plan.tiles, plan.splits), dim3(kDecodeThreads), shared, stream, args);
+  return QR_LAUNCH((gemm_decode_kernel<kNative, kTiles8, kSplit>), dim3(plan.tiles, plan.splits),
+                   dim3(kDecodeThreads), shared, stream, args);
 }
 
-int launch_decode(const GemmPlan& plan, const GemmArgs& args, bool native, bool split, cudaStream_t stream) {
-  if (native) return plan.shape == 1 ? launch<true, 1, false>(plan, args, stream) : launch<true, 2, false>(plan, args, stream);
-  if (split) return plan.shape == 1 ? launch<false, 1, true>(plan, args, stream) : launch<false, 2, true>(plan, args, stream);
-  return plan.shape == 1 ? launch<false, 1, false>(plan, args, stream) : launch<false, 2, false>(plan, args, stream);
+int launch_decode(const GemmPlan& plan, const GemmArgs& args, bool native, bool split,
+                  cudaStream_t stream) {
+  if (native)
+    return plan.shape == 1 ? launch<true, 1, false>(plan, args, stream)
+                           : launch<true, 2, false>(plan, args, stream);
+  if (split)
+    return plan.shape == 1 ? launch<false, 1, true>(plan, args, stream)
+                           : launch<false, 2, true>(plan, args, stream);
+  return plan.shape == 1 ? launch<false, 1, false>(plan, args, stream)
+                         : launch<false, 2, false>(plan, args, stream);
 }
 
 }  // namespace qr

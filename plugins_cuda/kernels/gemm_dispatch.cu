@@ -20,7 +20,8 @@ static bool has_s4(const DeviceLimits& device) {
 }
 
 // The kernel that runs, or a status. `m` is passed apart: the workspace query tries several.
-static int choose_kernel(const DeviceLimits& device, const qr_gemm_args& args, int64_t m, int* kernel) {
+static int choose_kernel(const DeviceLimits& device, const qr_gemm_args& args, int64_t m,
+                         int* kernel) {
   const bool packed = args.activation_layout == QR_LAYOUT_ACTIVATIONS_PACKED_V1;
   const bool split = args.activation_layout == QR_LAYOUT_ACTIVATIONS_SPLIT_V1;
   if (!packed && !split) return QR_ERROR_UNSUPPORTED_LAYOUT;
@@ -55,7 +56,8 @@ static int choose_kernel(const DeviceLimits& device, const qr_gemm_args& args, i
   }
 }
 
-static GemmPlan make_plan(const DeviceLimits& device, int kernel, int64_t m, const qr_gemm_args& args) {
+static GemmPlan make_plan(const DeviceLimits& device, int kernel, int64_t m,
+                          const qr_gemm_args& args) {
   const int n = int(args.n), k = int(args.k), splits = args.split_k;
   if (kernel == QR_GEMM_DECODE) return plan_decode(device, int(m), n, k, splits);
   if (kernel == QR_GEMM_WGMMA_S8) return plan_sm90(device, int(m), n, k, splits);

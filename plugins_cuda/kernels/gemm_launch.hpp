@@ -29,8 +29,10 @@ GemmPlan plan_decode(const DeviceLimits& device, int m, int n, int k, int reques
 // native: s4 tensor cores; only with compute capability 8.x.
 int launch_mma(const GemmPlan& plan, const GemmArgs& args, bool native, cudaStream_t stream);
 // Tokens in split order; only with compute capability 9.0.
-int launch_sm90(const GemmPlan& plan, const GemmArgs& args, const DeviceLimits& device, cudaStream_t stream);
+int launch_sm90(const GemmPlan& plan, const GemmArgs& args, const DeviceLimits& device,
+                cudaStream_t stream);
 // split: tokens in split order, else packed.
-int launch_decode(const GemmPlan& plan, const GemmArgs& args, bool native, bool split, cudaStream_t stream);
+int launch_decode(const GemmPlan& plan, const GemmArgs& args, bool native, bool split,
+                  cudaStream_t stream);
 
 }  // namespace qr

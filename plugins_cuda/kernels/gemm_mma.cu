@@ -2,8 +2,8 @@
 // INT4 GEMM through `mma.sync`, for more tokens than a decode step has.
 //
 // One template, two instructions:
-//   kNative   mma.m16n8k64.s4   sm_80, 86, 89: both operands stay packed all the way into the tensor
-//                               core; nothing is unpacked.
+//   kNative   mma.m16n8k64.s4   sm_80, 86, 89: both operands stay packed all the way into the
+//                               tensor core; nothing is unpacked.
 //   otherwise mma.m16n8k32.s8   sm_90 and later, where ptxas turns an s4 mma into some hundred ALU
 //                               instructions: nibbles become bytes in registers, 3 operations per 8
 //                               codes, and both operands get the same treatment, so the order of k
@@ -13,8 +13,8 @@
 //                                                                      +-> mma --> acc --> y
 //   X packed ----cp.async--> ring[X] (swizzled) --ldmatrix--> B regs --+
 //
-// The ring has kStages slots of one 128-code step; a slot is refilled kStages - 1 steps ahead, right
-// after the barrier which proves that every warp is done with it. One barrier a step.
+// The ring has kStages slots of one 128-code step; a slot is refilled kStages - 1 steps ahead,
+// right after the barrier which proves that every warp is done with it. One barrier a step.
 #include "gemm.cuh"
 #include "gemm_launch.hpp"
 
@@ -27,14 +27,16 @@ namespace qr {
 // kStages: slots of the ring.
 template <int kWarpsN_, int kWarpsM_, int kTiles16_, int kTiles8_, int kStages_>
 struct MmaShape {
-  static constexpr int kWarpsN = kWarpsN_, kWarpsM = kWarpsM_, kTiles16 = kTiles16_, kTiles8 = kTiles8_, kStages = kStages_;
+  static constexpr int kWarpsN = kWarpsN_, kWarpsM = kWarpsM_, kTiles16 = kTiles16_,
+                       kTiles8 = kTiles8_, kStages = kStages_;
   static constexpr int kThreads = kWarpsN * kWarpsM * 32;
   static constexpr int kFeatures = kWarpsN * kTiles16 * 16, kTokens = kWarpsM * kTiles8 * 8;
   static constexpr int kWeightBytes = kFeatures / kFragmentRows * 2 * kFragmentBytes;  // per slot
   static constexpr int kTokenRowBytes = kStepColumns / 2;
   static constexpr int kSlotBytes = kWeightBytes + kTokens * kTokenRowBytes;
   static constexpr int kStagingBytes = kWarpsN * kWarpsM * kTiles8 * 8 * kStagingPitch;
-  static constexpr int kSharedBytes = kStages * kSlotBytes > kStagingBytes ? kStages * kSlotBytes : kStagingBytes;
+  static constexpr int kSharedBytes =
+      kStages * kSlotBytes > kStagingBytes ? kStages * kSlotBytes : kStagingBytes;
   static_assert(kFeatures == 128, "tile plans count tiles of 128 features");
   static_assert(kTiles8 % 2 == 0, "ldmatrix.x4 fetches two 8-token tiles");
 };
@@ -51,35 +53,40 @@ __global__ void __launch_bounds__(S::kThreads) gemm_mma_kernel(const GemmArgs p)
 #if QR_HAS_S4_MMA
   constexpr bool kHere = true;
 #else
-  constexpr bool kHere = !kNative;  // never let ptxas emulate s4: dispatch refuses it, and no code exists
+  constexpr bool kHere =
+      !kNative;  // never let ptxas emulate s4: dispatch refuses it, and no code exists
 #endif
   if constexpr (kHere) {
     QR_DYN_SMEM(ring);
     const int thread = threadIdx.x, warp = thread / 32;
     const int warp_n = warp % S::kWarpsN, warp_m = warp / S::kWarpsN;
-    const TileCoordinates tile = tile_coordinates(blockIdx.x, ceil_div(p.n, S::kFeatures), ceil_div(p.m, S::kTokens));
+    const TileCoordinates tile =
+        tile_coordinates(blockIdx.x, ceil_div(p.n, S::kFeatures), ceil_div(p.m, S::kTokens));
     const int token0 = tile.token * S::kTokens;
     const int blocks_k = fragment_blocks_k(p.k), blocks_n = fragment_blocks_n(p.n);
     const int first_step = blockIdx.y * p.steps_per_split;
     const int steps = min(p.steps_per_split, blocks_k / 2 - first_step);
 
-    // ---- load one step into a slot. Weights are copied in a straight line: the two 64-code blocks of
-    // a 64-feature row block lie next to each other. Token rows and chunks outside X become zeros.
+    // ---- load one step into a slot. Weights are copied in a straight line: the two 64-code blocks
+    // of a 64-feature row block lie next to each other. Tokens and chunks outside X become zeros.
     const auto load = [&](int step, unsigned char* slot) {
 #pragma unroll
       for (int i = thread; i < S::kWeightBytes / 16; i += S::kThreads) {
         const int row_block = i / (2 * kFragmentBytes / 16), piece = i % (2 * kFragmentBytes / 16);
         const int block_row = tile.feature * (S::kFeatures / kFragmentRows) + row_block;
         const bool ok = block_row < blocks_n;
-        cp_async16(slot + i * 16, p.w + fragment_offset(ok ? block_row : 0, 2 * step, blocks_k) + piece * 16, ok);
+        cp_async16(slot + i * 16,
+                   p.w + fragment_offset(ok ? block_row : 0, 2 * step, blocks_k) + piece * 16, ok);
       }
       const uint8_t* a = static_cast<const uint8_t*>(p.q);
 #pragma unroll
       for (int i = thread; i < S::kTokens * 4; i += S::kThreads) {
         const int row = i / 4, chunk = i % 4;
         const bool ok = token0 + row < p.m && step * kStepColumns + chunk * 32 < p.k;
-        cp_async16(slot + S::kWeightBytes + token_chunk_offset(row, chunk),
-                   ok ? a + size_t(token0 + row) * (p.k / 2) + step * (kStepColumns / 2) + chunk * 16 : a, ok);
+        cp_async16(
+            slot + S::kWeightBytes + token_chunk_offset(row, chunk),
+            ok ? a + size_t(token0 + row) * (p.k / 2) + step * (kStepColumns / 2) + chunk * 16 : a,
+            ok);
       }
     };
 
@@ -109,14 +116,16 @@ __global__ void __launch_bounds__(S::kThreads) gemm_mma_kernel(const GemmArgs p)
 #pragma unroll
         for (int i = 0; i < S::kTiles16; i++) {
           const int tile16 = warp_n * S::kTiles16 + i;  // of the CTA; four to a row block
-          const uint4 v = load_shared<uint4>(slot + (tile16 / 4 * 2 + half) * kFragmentBytes + tile16 % 4 * kWarpFragmentBytes + lane() * 16);
+          const uint4 v = load_shared<uint4>(slot + (tile16 / 4 * 2 + half) * kFragmentBytes +
+                                             tile16 % 4 * kWarpFragmentBytes + lane() * 16);
           w[i][0] = v.x, w[i][1] = v.y, w[i][2] = v.z, w[i][3] = v.w;
         }
 #pragma unroll
-        for (int j = 0; j < S::kTiles8; j += 2) {  // matrices: tile j low chunk, high chunk, tile j+1 low, high
-          uint32_t r[4];
+        for (int j = 0; j < S::kTiles8; j += 2) {
+          uint32_t r[4];  // tile j's low and high chunk, then tile j + 1's
           const int row = warp_m * S::kTiles8 * 8 + j * 8 + (lane() & 7) + (lane() >> 4) * 8;
-          ldmatrix_x4(r, slot + S::kWeightBytes + token_chunk_offset(row, half * 2 + ((lane() >> 3) & 1)));
+          ldmatrix_x4(
+              r, slot + S::kWeightBytes + token_chunk_offset(row, half * 2 + ((lane() >> 3) & 1)));
           x[j][0] = r[0], x[j][1] = r[1], x[j + 1][0] = r[2], x[j + 1][1] = r[3];
         }
         if constexpr (kNative) {
@@ -131,12 +140,14 @@ __global__ void __launch_bounds__(S::kThreads) gemm_mma_kernel(const GemmArgs p)
 #pragma unroll
             for (int j = 0; j < S::kTiles8; j++)
 #pragma unroll
-              for (int r = 0; r < 2; r++) xs[j][r] = odd ? odd_codes_x16(x[j][r]) : even_codes_x16(x[j][r]);
+              for (int r = 0; r < 2; r++)
+                xs[j][r] = odd ? odd_codes_x16(x[j][r]) : even_codes_x16(x[j][r]);
 #pragma unroll
             for (int i = 0; i < S::kTiles16; i++) {
               uint32_t ws[4];
 #pragma unroll
-              for (int r = 0; r < 4; r++) ws[r] = odd ? odd_codes_x16(w[i][r]) : even_codes_x16(w[i][r]);
+              for (int r = 0; r < 4; r++)
+                ws[r] = odd ? odd_codes_x16(w[i][r]) : even_codes_x16(w[i][r]);
 #pragma unroll
               for (int j = 0; j < S::kTiles8; j++) mma_s8(acc[i * S::kTiles8 + j], ws, xs[j]);
             }
@@ -151,17 +162,21 @@ __global__ void __launch_bounds__(S::kThreads) gemm_mma_kernel(const GemmArgs p)
     if (p.splits > 1) {
       constexpr int kCount = S::kTiles16 * S::kTiles8 * 4;
       int* flag = reinterpret_cast<int*>(ring);
-      const bool last = reduce_splits<kCount, S::kThreads>(reinterpret_cast<int(&)[kCount]>(acc), p.sums + size_t(blockIdx.x) * kCount * S::kThreads,
-                                                           p.counters + blockIdx.x, p.splits, thread, flag, [] { __syncthreads(); });
+      const bool last = reduce_splits<kCount, S::kThreads>(
+          reinterpret_cast<int (&)[kCount]>(acc),
+          p.sums + size_t(blockIdx.x) * kCount * S::kThreads, p.counters + blockIdx.x, p.splits,
+          thread, flag, [] { __syncthreads(); });
       if (!last) return;
       __syncthreads();  // the flag has been read
     }
 
     // ---- scale, transpose, store; each warp by itself
-    const int feature0 = tile.feature * S::kFeatures + warp_n * S::kTiles16 * 16, warp_token0 = token0 + warp_m * S::kTiles8 * 8;
+    const int feature0 = tile.feature * S::kFeatures + warp_n * S::kTiles16 * 16,
+              warp_token0 = token0 + warp_m * S::kTiles8 * 8;
     FeatureTerms terms[S::kTiles16 * 2];
 #pragma unroll
-    for (int i = 0; i < S::kTiles16 * 2; i++) terms[i] = feature_terms(p, feature0 + i * 8 + lane() / 4);
+    for (int i = 0; i < S::kTiles16 * 2; i++)
+      terms[i] = feature_terms(p, feature0 + i * 8 + lane() / 4);
     if (p.out_dtype == QR_DTYPE_INT32) {
       store_sums<kShift, S::kTiles16, S::kTiles8>(p, acc, feature0, warp_token0);
       return;
@@ -175,7 +190,7 @@ __global__ void __launch_bounds__(S::kThreads) gemm_mma_kernel(const GemmArgs p)
   }
 }
 
-// ------------------------------------------------------------------------------------------- launch
+// ------------------------------------------------------------------------------------------ launch
 
 // Shapes by tokens of a tile; `GemmPlan::shape` counts them.
 using Shape32 = MmaShape<4, 1, 2, 4, 4>;
@@ -184,7 +199,8 @@ using Shape128 = MmaShape<2, 2, 4, 8, 4>;
 using Shape256 = MmaShape<2, 4, 4, 8, 4>;
 
 template <class S>
-static void fill_plan(GemmPlan& plan, int shape, const DeviceLimits& device, int m, int n, int k, int requested_splits) {
+static void fill_plan(GemmPlan& plan, int shape, const DeviceLimits& device, int m, int n, int k,
+                      int requested_splits) {
   const int steps = ceil_div(k, kStepColumns);
   plan.shape = shape;
   plan.tiles = ceil_div(n, S::kFeatures) * ceil_div(m, S::kTokens);
@@ -205,7 +221,8 @@ GemmPlan plan_mma(const DeviceLimits& device, int m, int n, int k, int requested
     fill_plan<Shape32>(plan, 0, device, m, n, k, requested_splits);
   else if (m <= Shape64::kTokens)
     fill_plan<Shape64>(plan, 1, device, m, n, k, requested_splits);
-  else if (m <= Shape128::kTokens || feature_tiles * ceil_div(m, Shape256::kTokens) < device.multiprocessors)
+  else if (m <= Shape128::kTokens ||
+           feature_tiles * ceil_div(m, Shape256::kTokens) < device.multiprocessors)
     fill_plan<Shape128>(plan, 2, device, m, n, k, requested_splits);
   else
     fill_plan<Shape256>(plan, 3, device, m, n, k, requested_splits);
@@ -214,16 +231,21 @@ GemmPlan plan_mma(const DeviceLimits& device, int m, int n, int k, int requested
 
 template <class S, bool kNative>
 static int launch(const GemmPlan& plan, const GemmArgs& args, cudaStream_t stream) {
-  return QR_LAUNCH((gemm_mma_kernel<S, kNative>), dim3(plan.tiles, plan.splits), dim3(S::kThreads), S::kSharedBytes, stream, args);
+  return QR_LAUNCH((gemm_mma_kernel<S, kNative>), dim3(plan.tiles, plan.splits), dim3(S::kThreads),
+                   S::kSharedBytes, stream, args);
 }
 
 template <bool kNative>
 static int launch(const GemmPlan& plan, const GemmArgs& args, cudaStream_t stream) {
   switch (plan.shape) {
-    case 0: return launch<Shape32, kNative>(plan, args, stream);
-    case 1: return launch<Shape64, kNative>(plan, args, stream);
-    case 2: return launch<Shape128, kNative>(plan, args, stream);
-    default: return launch<Shape256, kNative>(plan, args, stream);
+    case 0:
+      return launch<Shape32, kNative>(plan, args, stream);
+    case 1:
+      return launch<Shape64, kNative>(plan, args, stream);
+    case 2:
+      return launch<Shape128, kNative>(plan, args, stream);
+    default:
+      return launch<Shape256, kNative>(plan, args, stream);
   }
 }
 

@@ -16,12 +16,16 @@
 namespace qr {
 
 // 32 bits that no thread writes during the kernel.
-__device__ __forceinline__ uint32_t load_word(const void* p) { return __ldg(static_cast<const uint32_t*>(p)); }
+__device__ __forceinline__ uint32_t load_word(const void* p) {
+  return __ldg(static_cast<const uint32_t*>(p));
+}
 // 16 bytes that are read once: they pass L1 by. Volatile: the load stays where it is written, ahead
 // of its use.
 __device__ __forceinline__ uint4 load_early_16(const void* p) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
   return v;
 }
 // A word that other CTAs have added to: read where atomics happen, in L2.

@@ -25,9 +25,9 @@
 
 namespace qr {
 
-constexpr int kConsumers = 256;                   // threads: two warpgroups
-constexpr int kSm90Threads = kConsumers + 128;    // and the producer's, last
-constexpr int kSm90Features = 2 * kFragmentRows;  // of a tile
+constexpr int kConsumers = 256;                           // threads: two warpgroups
+constexpr int kSm90Threads = kConsumers + 128;            // and the producer's, last
+constexpr int kSm90Features = 2 * kFragmentRows;          // of a tile
 constexpr int kWeightSlotBytes = 2 * 2 * kFragmentBytes;  // 2 warpgroups x 2 blocks of 64 k
 constexpr int kStepsPerSplitMin = 8;  // a split shorter than this costs more in sums than it fills
 
@@ -35,8 +35,9 @@ constexpr int kStepsPerSplitMin = 8;  // a split shorter than this costs more in
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168, "registers of the block");
 
-// kTokens: tokens of a tile = wgmma's N. kStages: ring slots of one 128-code step; the fewer tokens,
-// the more the kernel is bound by the bytes of the weights, and the more of them are kept in flight.
+// kTokens: tokens of a tile = wgmma's N. kStages: ring slots of one 128-code step; the fewer
+// tokens, the more the kernel is bound by the bytes of the weights, and the more of them are kept
+// in flight.
 template <int kTokens_, int kStages_>
 struct Sm90Shape {
   static constexpr int kTokens = kTokens_, kStages = kStages_;
@@ -77,10 +78,13 @@ struct RingPosition {
 };
 
 template <class S>
-__global__ void __launch_bounds__(kSm90Threads, 1) gemm_sm90_kernel(const GemmArgs p, const int work_items) {
+__global__ void __launch_bounds__(kSm90Threads, 1) gemm_sm90_kernel(const GemmArgs p,
+                                                                    const int work_items) {
 #if QR_HAS_WGMMA
-  QR_DYN_SMEM(ring);  // slots | staging of each warpgroup | barriers, flags; slots must start a swizzle period
-  uint64_t* full = reinterpret_cast<uint64_t*>(ring + S::kStages * S::kSlotBytes + 2 * S::kStagingBytes);
+  QR_DYN_SMEM(ring);  // slots | staging of each warpgroup | barriers, flags; slots must start a
+                      // swizzle period
+  uint64_t* full =
+      reinterpret_cast<uint64_t*>(ring + S::kStages * S::kSlotBytes + 2 * S::kStagingBytes);
   uint64_t* empty = full + S::kStages;
   int* last_flag = reinterpret_cast<int*>(empty + S::kStages);  // one per warpgroup
   const int thread = threadIdx.x, warp = thread / 32;
@@ -88,8 +92,8 @@ __global__ void __launch_bounds__(kSm90Threads, 1) gemm_sm90_kernel(const GemmAr
   // ---- barriers
   if (thread == 0) {
     for (int s = 0; s < S::kStages; s++) {
-      mbarrier_init(&full[s], 1);    // the producer, plus the bytes that it announces
-      mbarrier_init(&empty[s], 8);   // the consumer warps
+      mbarrier_init(&full[s], 1);   // the producer, plus the bytes that it announces
+      mbarrier_init(&empty[s], 8);  // the consumer warps
     }
     mbarrier_init_fence();
   }
@@ -99,12 +103,14 @@ __global__ void __launch_bounds__(kSm90Threads, 1) gemm_sm90_kernel(const GemmAr
     // ---- producer: one thread keeps the ring full
     shrink_registers<kProducerRegisters>();
     if (thread == kConsumers) {
-      const int blocks_n = fragment_blocks_n(p.n), blocks_k = fragment_blocks_k(p.k), rows = split_rows(p.m);
+      const int blocks_n = fragment_blocks_n(p.n), blocks_k = fragment_blocks_k(p.k),
+                rows = split_rows(p.m);
       RingPosition<S::kStages> at;
       for (int index = blockIdx.x; index < work_items; index += gridDim.x) {
         const WorkItem item = work_item<S>(p, index);
         const int token0 = item.at.token * S::kTokens;
-        const int token_bytes = min(S::kTokens, rows - token0) * kStepColumns;  // rows after the last stay as they are
+        const int token_bytes =
+            min(S::kTokens, rows - token0) * kStepColumns;  // rows after the last stay as they are
 #pragma unroll 1
         for (int i = 0; i < item.steps; i++) {
           const int step = item.first_step + i;
@@ -115,11 +121,13 @@ __global__ void __launch_bounds__(kSm90Threads, 1) gemm_sm90_kernel(const GemmAr
           for (int half = 0; half < 2; half++) {
             // Past the last block of rows the last one is read again: its results are dropped.
             const int block_n = min(item.at.feature * 2 + half, blocks_n - 1);
-            bulk_copy(slot + half * (kWeightSlotBytes / 2), p.w + fragment_offset(block_n, 2 * step, blocks_k), kWeightSlotBytes / 2,
+            bulk_copy(slot + half * (kWeightSlotBytes / 2),
+                      p.w + fragment_offset(block_n, 2 * step, blocks_k), kWeightSlotBytes / 2,
                       &full[at.slot]);
           }
-          bulk_copy(slot + kWeightSlotBytes, static_cast<const uint8_t*>(p.q) + split_offset(step, token0, 0, rows), token_bytes,
-                    &full[at.slot]);
+          bulk_copy(slot + kWeightSlotBytes,
+                    static_cast<const uint8_t*>(p.q) + split_offset(step, token0, 0, rows),
+                    token_bytes, &full[at.slot]);
           at.advance();
         }
       }
@@ -140,11 +148,12 @@ __global__ void __launch_bounds__(kSm90Threads, 1) gemm_sm90_kernel(const GemmAr
     for (int i = 0; i < S::kTokens / 2; i++) acc[i] = 0;
 
     // Weights of the slot at hand, as the A operands of four wgmma: [block of 64][even, odd].
-    const auto unpack = [&](uint32_t(&operands)[16]) {
+    const auto unpack = [&](uint32_t (&operands)[16]) {
       mbarrier_wait(&full[at.slot], at.parity);
 #pragma unroll
       for (int block = 0; block < 2; block++) {
-        const uint4 v = load_shared<uint4>(my_weights + at.slot * S::kSlotBytes + block * kFragmentBytes);
+        const uint4 v =
+            load_shared<uint4>(my_weights + at.slot * S::kSlotBytes + block * kFragmentBytes);
         const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int r = 0; r < 4; r++) {
@@ -156,11 +165,12 @@ __global__ void __launch_bounds__(kSm90Threads, 1) gemm_sm90_kernel(const GemmAr
     // One step: start its products, then prepare the next step's operands in their shadow. `next`
     // was read by the step before, so that one has to be finished first; its slot is then free too.
     int previous_slot = 0;
-    const auto run_step = [&](uint32_t(&now)[16], uint32_t(&next)[16], int i) {
+    const auto run_step = [&](uint32_t (&now)[16], uint32_t (&next)[16], int i) {
       const uint64_t tokens = wgmma_descriptor(ring + at.slot * S::kSlotBytes + kWeightSlotBytes);
       wgmma_fence();
 #pragma unroll
-      for (int s = 0; s < 4; s++) wgmma_s8<S::kTokens>(acc, now + 4 * s, tokens + 2 * s);  // 32 bytes further
+      for (int s = 0; s < 4; s++)
+        wgmma_s8<S::kTokens>(acc, now + 4 * s, tokens + 2 * s);  // 32 bytes further
       wgmma_commit();
       wgmma_wait<1>();
       if (i > 0 && lane() == 0) mbarrier_arrive(&empty[previous_slot]);
@@ -186,26 +196,31 @@ __global__ void __launch_bounds__(kSm90Threads, 1) gemm_sm90_kernel(const GemmAr
     if (p.splits > 1) {
       constexpr int kCount = S::kTokens / 2;
       const size_t part = size_t(item.tile) * 2 + group;
-      const bool last = reduce_splits<kCount, 128>(acc, p.sums + part * kCount * 128, p.counters + part, p.splits, group_thread,
-                                                   &last_flag[group], group_sync);
+      const bool last =
+          reduce_splits<kCount, 128>(acc, p.sums + part * kCount * 128, p.counters + part, p.splits,
+                                     group_thread, &last_flag[group], group_sync);
       if (!last) continue;
     }
 
     // ---- scale, transpose, store
-    const int group_feature0 = item.at.feature * kSm90Features + group * kFragmentRows, token0 = item.at.token * S::kTokens;
-    const int(*tiles)[4] = reinterpret_cast<const int(*)[4]>(acc);
+    const int group_feature0 = item.at.feature * kSm90Features + group * kFragmentRows,
+              token0 = item.at.token * S::kTokens;
+    const int (*tiles)[4] = reinterpret_cast<const int (*)[4]>(acc);
     if (p.out_dtype == QR_DTYPE_INT32) {
       store_sums<kShift, 1, S::kTokens / 8>(p, tiles, group_feature0 + group_warp * 16, token0);
       continue;
     }
     FeatureTerms terms[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++) terms[i] = feature_terms(p, group_feature0 + group_warp * 16 + i * 8 + lane() / 4);
+    for (int i = 0; i < 2; i++)
+      terms[i] = feature_terms(p, group_feature0 + group_warp * 16 + i * 8 + lane() / 4);
 #pragma unroll
     for (int t = 0; t < S::kTokens; t += S::kStagedTokens) {
-      stage_outputs<kShift, 1, S::kStagedTokens / 8>(p, tiles + t / 8, terms, token0 + t, group_warp * 16, staging);
+      stage_outputs<kShift, 1, S::kStagedTokens / 8>(p, tiles + t / 8, terms, token0 + t,
+                                                     group_warp * 16, staging);
       group_sync();
-      copy_staged<kFragmentRows>(p, staging, S::kStagedTokens, group_feature0, token0 + t, group_thread, 128);
+      copy_staged<kFragmentRows>(p, staging, S::kStagedTokens, group_feature0, token0 + t,
+                                 group_thread, 128);
       group_sync();  // staging is free again
     }
   }
@@ -214,7 +229,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1) gemm_sm90_kernel(const GemmAr
 #endif
 }
 
-// ------------------------------------------------------------------------------------------- launch
+// ------------------------------------------------------------------------------------------ launch
 
 using Sm90Shape16 = Sm90Shape<16, 16>;
 using Sm90Shape32 = Sm90Shape<32, 14>;
@@ -223,7 +238,8 @@ using Sm90Shape128 = Sm90Shape<128, 8>;
 using Sm90Shape256 = Sm90Shape<256, 5>;
 
 template <class S>
-static void fill_plan(GemmPlan& plan, int shape, const DeviceLimits& device, int m, int n, int k, int requested_splits) {
+static void fill_plan(GemmPlan& plan, int shape, const DeviceLimits& device, int m, int n, int k,
+                      int requested_splits) {
   const int steps = ceil_div(k, kStepColumns);
   plan.shape = shape;
   plan.tiles = ceil_div(n, kSm90Features) * ceil_div(m, S::kTokens);
@@ -238,9 +254,10 @@ static void fill_plan(GemmPlan& plan, int shape, const DeviceLimits& device, int
 
 GemmPlan plan_sm90(const DeviceLimits& device, int m, int n, int k, int requested_splits) {
   GemmPlan plan;
-  const auto rounds = [&](int tokens) {  // tiles that the busiest multiprocessor computes, one after another
-    return ceil_div(ceil_div(n, kSm90Features) * ceil_div(m, tokens), device.multiprocessors);
-  };
+  const auto rounds =
+      [&](int tokens) {  // tiles that the busiest multiprocessor computes, one after another
+        return ceil_div(ceil_div(n, kSm90Features) * ceil_div(m, tokens), device.multiprocessors);
+      };
   if (m <= 16)
     fill_plan<Sm90Shape16>(plan, 0, device, m, n, k, requested_splits);
   else if (m <= 32)
@@ -257,19 +274,26 @@ GemmPlan plan_sm90(const DeviceLimits& device, int m, int n, int k, int requeste
 }
 
 template <class S>
-static int launch(const GemmPlan& plan, const GemmArgs& args, const DeviceLimits& device, cudaStream_t stream) {
+static int launch(const GemmPlan& plan, const GemmArgs& args, const DeviceLimits& device,
+                  cudaStream_t stream) {
   const int work_items = plan.tiles * plan.splits, resident = device.multiprocessors;
-  return QR_LAUNCH((gemm_sm90_kernel<S>), dim3(work_items < resident ? work_items : resident), dim3(kSm90Threads), S::kSharedBytes,
-                          stream, args, work_items);
+  return QR_LAUNCH((gemm_sm90_kernel<S>), dim3(work_items < resident ? work_items : resident),
+                   dim3(kSm90Threads), S::kSharedBytes, stream, args, work_items);
 }
 
-int launch_sm90(const GemmPlan& plan, const GemmArgs& args, const DeviceLimits& device, cudaStream_t stream) {
+int launch_sm90(const GemmPlan& plan, const GemmArgs& args, const DeviceLimits& device,
+                cudaStream_t stream) {
   switch (plan.shape) {
-    case 0: return launch<Sm90Shape16>(plan, args, device, stream);
-    case 1: return launch<Sm90Shape32>(plan, args, device, stream);
-    case 2: return launch<Sm90Shape64>(plan, args, device, stream);
-    case 3: return launch<Sm90Shape128>(plan, args, device, stream);
-    default: return launch<Sm90Shape256>(plan, args, device, stream);
+    case 0:
+      return launch<Sm90Shape16>(plan, args, device, stream);
+    case 1:
+      return launch<Sm90Shape32>(plan, args, device, stream);
+    case 2:
+      return launch<Sm90Shape64>(plan, args, device, stream);
+    case 3:
+      return launch<Sm90Shape128>(plan, args, device, stream);
+    default:
+      return launch<Sm90Shape256>(plan, args, device, stream);
   }
 }
 

@@ -9,7 +9,7 @@
 // A *word* is 8 consecutive codes of one row (32 bits, low nibble first). In the block of rows
 // 64i.. and words 8j.., lane l of warp w holds, with g = l / 4 and q = l % 4, the words
 //
-//   (16w + g, q)   (16w + g + 8, q)   (16w + g, q + 4)   (16w + g + 8, q + 4)        of (row, word).
+//   (16w + g, q)   (16w + g + 8, q)   (16w + g, q + 4)   (16w + g + 8, q + 4)     of (row, word).
 //
 // That is the operand of mma.m16n8k64.s4 as it stands. Unpacked to bytes, its even codes are the
 // operand of one s8 instruction (mma.m16n8k32, wgmma.m64nNk32) and its odd codes that of a second.
@@ -18,8 +18,8 @@
 //     decode warp streams 512 adjacent bytes.
 //   * 16 bytes a lane: LDG.128 and LDS.128 without bank conflicts. (32 bytes a lane, two k blocks
 //     together, would put lanes t and t + 4 on the same banks.)
-//   * k padded to 128: a pipeline step is never half empty on the weight side, and whatever integers
-//     the activations show beyond k are multiplied by zero.
+//   * k padded to 128: a pipeline step is never half empty on the weight side, and whatever
+//     integers the activations show beyond k are multiplied by zero.
 //
 // Split order, QR_LAYOUT_ACTIVATIONS_SPLIT_V1: the B operand of wgmma.m64nNk32.s8, a byte a code.
 //
@@ -56,7 +56,6 @@ QR_LAYOUT_FN constexpr int fragment_blocks_k(int k) { return 2 * ceil_div(k, kSt
 QR_LAYOUT_FN constexpr size_t fragment_offset(int block_n, int block_k, int blocks_k) {
   return (size_t(block_n) * blocks_k + block_k) * kFragmentBytes;
 }
-
 
 // Rows that split order stores for m tokens.
 QR_LAYOUT_FN constexpr int split_rows(int m) { return ceil_div(m, 8) * 8; }

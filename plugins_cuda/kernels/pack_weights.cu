@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Operands from packed order into the orders that the GEMM kernels read (layouts.hpp), and the sums
-// of weight codes that asymmetric activations need. Weights are reordered once, at load time, so one
-// ONNX file serves every architecture. NumPy twin: quarot_onnx/plugins/layouts.py.
+// of weight codes that asymmetric activations need. Weights are reordered once, at load time, so
+// one ONNX file serves every architecture. NumPy twin: quarot_onnx/plugins/layouts.py.
 #include "gemm_checks.hpp"
 #include "gemm_launch.hpp"
 #include "gemm_ops.cuh"
@@ -13,8 +13,9 @@ constexpr int kPackThreads = 256;
 
 // A thread writes one lane's 16 bytes. packed: [n, k/2] bytes as words of 8 codes. fragments: see
 // layouts.hpp. Rows and words outside the weight are zero codes.
-__global__ void __launch_bounds__(kPackThreads)
-    pack_fragments_kernel(const uint32_t* packed, uint4* fragments, int n, int k) {
+__global__ void __launch_bounds__(kPackThreads) pack_fragments_kernel(const uint32_t* packed,
+                                                                      uint4* fragments, int n,
+                                                                      int k) {
   const int blocks_k = fragment_blocks_k(k), words = k / 8;
   const int i = blockIdx.x * kPackThreads + threadIdx.x;  // lane of this row of blocks
   if (i >= blocks_k * 128) return;
@@ -28,8 +29,8 @@ __global__ void __launch_bounds__(kPackThreads)
 }
 
 // A warp sums one row of weight codes.
-__global__ void __launch_bounds__(kPackThreads)
-    weight_sums_kernel(const uint32_t* packed, int32_t* sums, int n, int k) {
+__global__ void __launch_bounds__(kPackThreads) weight_sums_kernel(const uint32_t* packed,
+                                                                   int32_t* sums, int n, int k) {
   const int row = blockIdx.x * (kPackThreads / 32) + threadIdx.x / 32;
   if (row >= n) return;  // a whole warp
   int sum = 0;
@@ -51,16 +52,16 @@ __device__ __forceinline__ uint32_t signed_bytes(uint32_t codes) {
 
 // A block takes a token; a thread 32 codes (16 bytes) of it at a time, whose even and odd codes are
 // one 16-byte chunk each. k beyond the row reads as zero codes; rows of padding are left alone.
-__global__ void __launch_bounds__(kPackThreads)
-    split_activations_kernel(const uint8_t* packed, uint8_t* split, int m, int k) {
+__global__ void __launch_bounds__(kPackThreads) split_activations_kernel(const uint8_t* packed,
+                                                                         uint8_t* split, int m,
+                                                                         int k) {
   const int token = blockIdx.x, rows = split_rows(m);
   const auto even = [](uint32_t w) { return signed_bytes(w & 0x0F0F0F0Fu); };
   const auto odd = [](uint32_t w) { return signed_bytes((w >> 4) & 0x0F0F0F0Fu); };
   for (int i = threadIdx.x; i < ceil_div(k, kStepColumns) * 4; i += kPackThreads) {
     const int step = i / 4, piece = i % 4;
     uint4 v{0, 0, 0, 0};
-    if (i * 32 < k)
-      v = *reinterpret_cast<const uint4*>(packed + int64_t(token) * (k / 2) + i * 16);
+    if (i * 32 < k) v = *reinterpret_cast<const uint4*>(packed + int64_t(token) * (k / 2) + i * 16);
     const int chunk = piece / 2 * 4 + piece % 2;
     *reinterpret_cast<uint4*>(split + split_offset(step, token, chunk, rows)) =
         uint4{even(v.x), even(v.y), even(v.z), even(v.w)};
@@ -82,7 +83,8 @@ size_t qr_weight_bytes(int32_t layout, int64_t n, int64_t k) {
   return fragment_offset(fragment_blocks_n(int(n)), 0, fragment_blocks_k(int(k)));
 }
 
-int qr_pack_weight(int32_t layout, int64_t n, int64_t k, const void* packed, void* out, void* stream) {
+int qr_pack_weight(int32_t layout, int64_t n, int64_t k, const void* packed, void* out,
+                   void* stream) {
   QR_RETURN_IF_ERROR(check_weight_shape(n, k));
   QR_RETURN_IF_ERROR(check_pointer(packed));
   QR_RETURN_IF_ERROR(check_pointer(out));
