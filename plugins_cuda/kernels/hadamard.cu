@@ -60,12 +60,22 @@ __device__ __forceinline__ void slice_weights_of(const TransformParams& p, int64
 // -------------------------------------------------------------------------------------------
 // butterflies
 
+// Most threads of a block, which sets the registers of each: 168 hold 64 values and the 32 words of
+// the next row. Rows of more than 384 threads (n > 24576) have 128 registers and do without the
+// prefetch and without a loop.
+constexpr int butterfly_threads(int source, int log_q, bool large) {
+  return large ? kMaxThreads : source == kSourcePartials || log_q < 5 ? 256 : 384;
+}
+
 // T: f16 or bf16. kSource: where rows come from. kLogQ: block bits inside a thread at the front
-// (0..5).
-template <class T, int kSource, int kLogQ>
-__global__ void __launch_bounds__(kMaxThreads) butterfly_rows(const TransformParams p) {
+// (0..5). kLarge: one row per block of threads, which ends with it.
+template <class T, int kSource, int kLogQ, bool kLarge>
+__global__ void __launch_bounds__(butterfly_threads(kSource, kLogQ, kLarge)) butterfly_rows(
+    const TransformParams p) {
   QR_DYN_SMEM(shared);
-  constexpr bool kPrefetch = kSource == kSourceRow;  // else two inputs' registers would not fit
+  // With two inputs there are no registers for it: several blocks per multiprocessor overlap
+  // instead.
+  constexpr bool kPrefetch = kSource == kSourceRow && !kLarge;
   using Items = FrontItems<kLogQ>;
   const int thread = threadIdx.x % p.threads_per_row, slot = threadIdx.x / p.threads_per_row;
   float* exchange = reinterpret_cast<float*>(shared) + static_cast<size_t>(slot) * p.n;
@@ -128,6 +138,7 @@ __global__ void __launch_bounds__(kMaxThreads) butterfly_rows(const TransformPar
           v[q] = fmaf(v[q], sign, __shfl_xor_sync(kAllLanes, v[q], 2 << i));
       }
     finish_row<T>(p, row, thread, block, active_thread && row < p.rows, v, slots);
+    if constexpr (kLarge) return;
     if constexpr (!kPrefetch && kSource != kSourcePartials)
       load_row<kSource, Items>(p, row + step, thread, words, up);
   }
@@ -311,12 +322,27 @@ __device__ __forceinline__ void further_factor(const TransformParams& p, int ord
   }
 }
 
-// One row per block of threads. T, kSource: as above.
+// Starts copying a row to the input buffer, 16 bytes at a time.
+__device__ __forceinline__ void copy_row(const TransformParams& p, int64_t row, int thread,
+                                         unsigned char* input) {
+  if (thread < 2 * p.blocks && row < p.rows) {
+    const uint16_t* x = static_cast<const uint16_t*>(p.x) + row * p.x_stride;
+#pragma unroll
+    for (int w = 0; w < kPairs; w += 4) {
+      const int element = ChunkItems::element(thread, w, p.blocks);
+      cp_async16(input + input_place(element), x + element, true);
+    }
+  }
+  cp_commit();
+}
+
+// One row per block of threads. T, kSource: as above. A plain row never passes through registers on
+// its way in: the copy of the next one fills the input buffer as soon as the first factor is done
+// with it.
 template <class T, int kSource>
 __global__ void __launch_bounds__(kMaxThreads) dense_rows(const TransformParams p) {
   QR_DYN_SMEM(shared);
-  constexpr bool kPrefetch = kSource == kSourceRow;
-  using Items = FrontItems<0>;
+  constexpr bool kCopies = kSource == kSourceRow;
   const int thread = threadIdx.x, warp = thread / 32, warps = p.threads_per_row / 32;
   float* exchange = reinterpret_cast<float*>(shared);
   unsigned char* input = shared + static_cast<size_t>(p.n) * 4;  // [n] of T
@@ -326,27 +352,39 @@ __global__ void __launch_bounds__(kMaxThreads) dense_rows(const TransformParams 
   const bool active_thread = thread < 2 * p.blocks;
   const int block = active_thread ? thread >> 1 : 0;
   if (thread < 4) store_shared<uint32_t>(zeros + 4 * thread, 0);
+  if constexpr (kCopies) copy_row(p, blockIdx.x, thread, input);
 
-  int64_t row = blockIdx.x;
-  uint32_t words[kPairs], up[kSource == kSourceGate ? kPairs : 1];
-  if constexpr (kSource != kSourcePartials) load_row<kSource, Items>(p, row, thread, words, up);
-
-  for (; row < p.rows; row += gridDim.x) {
-    // ---- front: the row, after its prologue, to shared memory
-    if constexpr (kSource == kSourcePartials) slice_weights_of(p, row, thread, slice_weights);
-    apply_prologue<T, kSource, Items>(p, row, thread, words, up, slots, slice_weights);
-    if (active_thread) {
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+    // ---- front: the row, after its prologue, in shared memory
+    if constexpr (kCopies) cp_wait<0>();
+    if (!kCopies || p.prologue == QR_PROLOGUE_RMSNORM) {
+      uint32_t words[kPairs], up[kSource == kSourceGate ? kPairs : 1];
+      if constexpr (kSource == kSourceGate)
+        load_row<kSource, ChunkItems>(p, row, thread, words, up);
+      if constexpr (kSource == kSourcePartials) slice_weights_of(p, row, thread, slice_weights);
+      if constexpr (kCopies) {  // a thread's own copies, which it has waited for
 #pragma unroll
-      for (int i = 0; i < kPairs; i++)
-        store_shared<uint32_t>(input + input_place(Items::first_element(thread, i, p.blocks)),
-                               words[i]);
+        for (int w = 0; w < kPairs; w += 4) {
+          uint4 c = make_uint4(0, 0, 0, 0);
+          if (active_thread)
+            c = load_shared<uint4>(input + input_place(ChunkItems::element(thread, w, p.blocks)));
+          words[w] = c.x, words[w + 1] = c.y, words[w + 2] = c.z, words[w + 3] = c.w;
+        }
+      }
+      apply_prologue<T, kSource, ChunkItems>(p, row, thread, words, up, slots, slice_weights);
+      if (active_thread) {
+#pragma unroll
+        for (int w = 0; w < kPairs; w += 4)
+          store_shared<uint4>(input + input_place(ChunkItems::element(thread, w, p.blocks)),
+                              make_uint4(words[w], words[w + 1], words[w + 2], words[w + 3]));
+      }
     }
     __syncthreads();
-    if constexpr (kPrefetch) load_row<kSource, Items>(p, row + gridDim.x, thread, words, up);
 
     // ---- dense factors
     first_factor<T>(p, input, zeros, exchange, warp, warps);
     __syncthreads();
+    if constexpr (kCopies) copy_row(p, row + gridDim.x, thread, input);
     const uint32_t* signs = p.signs;
     for (int f = 1; f < kMaxDense && p.dense[f]; f++) {
       signs += sign_words_of(p.dense[f - 1]);
@@ -368,8 +406,6 @@ __global__ void __launch_bounds__(kMaxThreads) dense_rows(const TransformParams 
           v[q] = fmaf(v[q], sign, __shfl_xor_sync(kAllLanes, v[q], 2 << i));
       }
     finish_row<T>(p, row, thread, block, active_thread, v, slots);
-    if constexpr (!kPrefetch && kSource != kSourcePartials)
-      load_row<kSource, Items>(p, row + gridDim.x, thread, words, up);
   }
 }
 
@@ -447,10 +483,10 @@ size_t shared_bytes_of(const TransformParams& p, int source) {
   return exchange + reductions + weights;
 }
 
-// As many blocks as fit the device at 128 registers a thread: a block then takes its next rows
+// As many blocks as fit the device at 168 registers a thread: a block then takes its next rows
 // itself.
 unsigned persistent_blocks(int64_t blocks, int threads, size_t shared_bytes) {
-  const int by_registers = 65536 / (threads * 128);
+  const int by_registers = 65536 / (threads * 168);
   const DeviceLimits limits = device_limits();
   const int by_shared =
       static_cast<int>(limits.shared_bytes_per_multiprocessor / (shared_bytes + 1024));
@@ -460,42 +496,49 @@ unsigned persistent_blocks(int64_t blocks, int threads, size_t shared_bytes) {
 }
 
 template <class T, int kSource>
-int launch_butterflies(const TransformParams& p, int log_q, unsigned grid, int threads,
-                       size_t shared, cudaStream_t stream) {
+int launch_butterflies(const TransformParams& p, int64_t blocks, int threads, size_t shared,
+                       cudaStream_t stream) {
+  int log_q = 0;
+  while (log_q < 5 && p.blocks % (2 << log_q) == 0) log_q++;
+  if (threads > butterfly_threads(kSource, log_q, false)) {
+    if constexpr (kSource != kSourcePartials)
+      if (log_q == 5)
+        return QR_LAUNCH((butterfly_rows<T, kSource, 5, true>), static_cast<unsigned>(blocks),
+                         threads, shared, stream, p);
+    return QR_ERROR_UNSUPPORTED_SHAPE;
+  }
+  const unsigned grid = persistent_blocks(blocks, threads, shared);
   switch (log_q) {
     case 0:
-      return QR_LAUNCH((butterfly_rows<T, kSource, 0>), grid, threads, shared, stream, p);
+      return QR_LAUNCH((butterfly_rows<T, kSource, 0, false>), grid, threads, shared, stream, p);
     case 1:
-      return QR_LAUNCH((butterfly_rows<T, kSource, 1>), grid, threads, shared, stream, p);
+      return QR_LAUNCH((butterfly_rows<T, kSource, 1, false>), grid, threads, shared, stream, p);
     case 2:
-      return QR_LAUNCH((butterfly_rows<T, kSource, 2>), grid, threads, shared, stream, p);
+      return QR_LAUNCH((butterfly_rows<T, kSource, 2, false>), grid, threads, shared, stream, p);
     case 3:
-      return QR_LAUNCH((butterfly_rows<T, kSource, 3>), grid, threads, shared, stream, p);
+      return QR_LAUNCH((butterfly_rows<T, kSource, 3, false>), grid, threads, shared, stream, p);
     case 4:
-      return QR_LAUNCH((butterfly_rows<T, kSource, 4>), grid, threads, shared, stream, p);
+      return QR_LAUNCH((butterfly_rows<T, kSource, 4, false>), grid, threads, shared, stream, p);
     default:
-      return QR_LAUNCH((butterfly_rows<T, kSource, 5>), grid, threads, shared, stream, p);
+      return QR_LAUNCH((butterfly_rows<T, kSource, 5, false>), grid, threads, shared, stream, p);
   }
 }
 
 template <class T, int kSource>
-int launch_source(TransformParams p, cudaStream_t stream) {
+int launch_source(const TransformParams& p, cudaStream_t stream) {
   const int64_t blocks = (p.rows + p.rows_per_block - 1) / p.rows_per_block;
   const int threads = p.threads_per_row * p.rows_per_block;
-  if (kSource != kSourcePartials && !p.dense[0] && p.butterflies == 0) {
-    const size_t shared = 32 * sizeof(float);
-    if (blocks > 0x7fffffff) return QR_ERROR_UNSUPPORTED_SHAPE;
-    if constexpr (kSource != kSourcePartials)
-      return QR_LAUNCH((plain_rows<T, kSource>), static_cast<unsigned>(blocks), threads, shared,
-                       stream, p);
-  }
+  if (blocks > 0x7fffffff) return QR_ERROR_UNSUPPORTED_SHAPE;
+  if constexpr (kSource != kSourcePartials)
+    if (!p.dense[0] && p.butterflies == 0)
+      return QR_LAUNCH((plain_rows<T, kSource>), static_cast<unsigned>(blocks), threads,
+                       32 * sizeof(float), stream, p);
   const size_t shared = shared_bytes_of(p, kSource);
   if (shared > device_limits().shared_bytes_per_block) return QR_ERROR_UNSUPPORTED_SHAPE;
-  const unsigned grid = persistent_blocks(blocks, threads, shared);
-  if (p.dense[0]) return QR_LAUNCH((dense_rows<T, kSource>), grid, threads, shared, stream, p);
-  int log_q = 0;
-  while (log_q < 5 && p.blocks % (2 << log_q) == 0) log_q++;
-  return launch_butterflies<T, kSource>(p, log_q, grid, threads, shared, stream);
+  if (p.dense[0])
+    return QR_LAUNCH((dense_rows<T, kSource>), persistent_blocks(blocks, threads, shared), threads,
+                     shared, stream, p);
+  return launch_butterflies<T, kSource>(p, blocks, threads, shared, stream);
 }
 
 }  // namespace
