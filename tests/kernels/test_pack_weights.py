@@ -121,7 +121,9 @@ def test_cuda_and_numpy_split_activations_alike_and_padding_rows_are_left_alone(
         (Layout.WEIGHTS_FRAGMENTS_V1, 64, 64, None, NULL),
     ],
 )
-def test_packing_refuses_other_shapes_layouts_and_pointers(library, layout, n, k, offset, status):
+def test_packing_refuses_other_shapes_layouts_and_pointers(
+    *, library, layout, n, k, offset, status
+):
     buffer = library.put(np.zeros(1 << 15, np.uint8))
     pointer = ctypes.c_void_p(None if offset is None else buffer.pointer + offset)
     sizes = ctypes.c_int64(n), ctypes.c_int64(k)

@@ -29,14 +29,12 @@ FILES = ("gemm_mma", "gemm_decode", "gemm_sm90", "pack_weights")
 def executable(name: str) -> str | None:
     """The tool on PATH, in CUDA_HOME, or inside an installed wheel that carries it."""
     candidates = [shutil.which(name)]
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if variable in os.environ:
-            candidates.append(str(Path(os.environ[variable]) / "bin" / name))
-    candidates.append(f"/usr/local/cuda/bin/{name}")
+    toolkits = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates += [str(Path(toolkit) / "bin" / name) for toolkit in toolkits if toolkit]
     for package, below in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin")):
         spec = importlib.util.find_spec(package)
-        for location in (spec.submodule_search_locations or ()) if spec else ():
-            candidates.append(str(Path(location) / below / name))
+        locations = (spec.submodule_search_locations or ()) if spec else ()
+        candidates += [str(Path(location) / below / name) for location in locations]
     return next((c for c in candidates if c and os.access(c, os.X_OK)), None)
 
 
@@ -113,7 +111,7 @@ def kernels_of(cubins):
 
 
 def is_native(kernel: Kernel) -> bool:
-    """Whether the template's kNative, the last bool of an mma kernel or the first of decode, is 1."""
+    """Whether kNative is set: the last template argument of gemm_mma, the first of gemm_decode."""
     if "gemm_mma" in kernel.name:
         return "ELb1EEE" in kernel.name
     return "kernelILb1" in kernel.name
