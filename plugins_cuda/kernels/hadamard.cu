@@ -64,7 +64,9 @@ __device__ __forceinline__ void slice_weights_of(const TransformParams& p, int64
 // the next row. Rows of more than 384 threads (n > 24576) have 128 registers and do without the
 // prefetch and without a loop.
 constexpr int butterfly_threads(int source, int log_q, bool large) {
-  return large ? kMaxThreads : source == kSourcePartials || log_q < 5 ? 256 : 384;
+  if (large) return kMaxThreads;
+  if (source == kSourcePartials) return 320;
+  return source == kSourceGate || log_q == 5 ? 384 : 256;
 }
 
 // T: f16 or bf16. kSource: where rows come from. kLogQ: block bits inside a thread at the front
@@ -81,6 +83,7 @@ __global__ void __launch_bounds__(butterfly_threads(kSource, kLogQ, kLarge)) but
   float* exchange = reinterpret_cast<float*>(shared) + static_cast<size_t>(slot) * p.n;
   float* slots = reinterpret_cast<float*>(shared) + static_cast<size_t>(p.rows_per_block) * p.n;
   float* slice_weights = slots + 32;
+  if constexpr (kSource == kSourcePartials) slice_weights += slot * p.splits * (p.n / p.head_dim);
   const bool active_thread = thread < 2 * p.blocks;
   const int block = active_thread ? dealt_block(thread >> 1, p.rotation) : 0;
 
