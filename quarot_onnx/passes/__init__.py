@@ -1,1 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The passes, one per file, and their order: `pipeline` reads like the paper."""
+
+from quarot_onnx.decoder import Decoder
+from quarot_onnx.hadamard import plan
+from quarot_onnx.passes.base import Effect, Pass, Report
+from quarot_onnx.passes.fuse_norm_scale import FuseNormScalePass
+from quarot_onnx.passes.fuse_r1 import FuseR1Pass
+from quarot_onnx.passes.fuse_r2 import FuseR2Pass
+from quarot_onnx.passes.insert_heads_hadamard import InsertHeadsHadamardPass
+from quarot_onnx.passes.insert_r3 import InsertR3Pass
+from quarot_onnx.passes.insert_r4 import InsertR4Pass
+from quarot_onnx.passes.quantize_activations import QuantizeActivationsPass
+from quarot_onnx.passes.quantize_kv_cache import QuantizeKvCachePass
+from quarot_onnx.passes.quantize_weights import QuantizeWeightsPass
+from quarot_onnx.passes.untie_embeddings import untie_embeddings
+from quarot_onnx.recipe import Recipe
+from quarot_onnx.rotation import Rotation
+
+__all__ = ["Effect", "Pass", "Report", "pipeline", "untie_embeddings"]
+
+
+def pipeline(recipe: Recipe, decoder: Decoder) -> list[Pass]:
+    """The passes of `recipe`, in order, for a decoder whose embeddings are untied."""
+    rotations, seed = recipe.rotations, recipe.seed
+    attention = decoder.layers[0].attention
+    passes: list[Pass] = []
+    if rotations.fold_norm_scale:
+        passes.append(FuseNormScalePass(decoder))
+    if rotations.r1 != "none":
+        passes.append(FuseR1Pass(decoder, Rotation(rotations.r1, decoder.hidden_size, seed, "R1")))
+    if rotations.r2:
+        passes.append(FuseR2Pass(decoder, plan(attention.head_dim)))
+    if rotations.heads:
+        passes.append(InsertHeadsHadamardPass(decoder, plan(attention.num_heads, policy="full")))
+    if rotations.r3:
+        passes.append(InsertR3Pass(decoder, plan(attention.head_dim)))
+    if rotations.r4:
+        passes.append(InsertR4Pass(decoder, plan(decoder.layers[0].mlp.down.in_features)))
+    if (weights := recipe.weights).bits < 16:
+        passes.append(
+            QuantizeWeightsPass(decoder, bits=weights.bits, clip_search=weights.clip_search)
+        )
+    if (activations := recipe.activations).bits < 16:
+        passes.append(
+            QuantizeActivationsPass(
+                decoder,
+                bits=activations.bits,
+                clip_ratio=activations.clip_ratio,
+                weight_bits=weights.bits,
+            )
+        )
+    if (cache := recipe.kv_cache).bits < 16:
+        passes.append(
+            QuantizeKvCachePass(
+                decoder, bits=cache.bits, clip_ratio=cache.clip_ratio, form=cache.io
+            )
+        )
+    return passes

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := examples/tiny_llama/model
+TEXT := examples/tiny_llama/heldout.txt
+DEMO := out/demo
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint format clean
+
+help: ## Show this help
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/.ready ## Make .venv with the pinned versions (CPU)
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[cpu,report,dev]"
+	@touch $@
+
+demo: setup ## Export, validate, evaluate and run the embedded model; write out/demo/report.html
+	@mkdir -p $(DEMO)
+	$(BIN)/quarot-onnx export $(MODEL) $(DEMO)/w4a4kv4 --recipe w4a4kv4 --force
+	$(BIN)/quarot-onnx validate $(DEMO)/w4a4kv4 --reference $(MODEL) --save-json $(DEMO)/validation.json
+	$(BIN)/quarot-onnx eval $(DEMO)/w4a4kv4 --text $(TEXT) --reference $(MODEL) --save-json $(DEMO)/evaluation.json
+	$(BIN)/quarot-onnx generate $(DEMO)/w4a4kv4 --prompt "Return the" --max-new-tokens 48
+	$(BIN)/quarot-onnx report $(DEMO)/w4a4kv4 $(DEMO)/report.html --reference $(MODEL) --text $(TEXT) \
+	  --prompt "Return the" --validation $(DEMO)/validation.json --evaluation $(DEMO)/evaluation.json
+
+test: setup ## Run the tests (CPU, offline)
+	$(BIN)/python -m pytest -n auto
+
+lint: setup ## Run ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint ## Lint, then the quick tests
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+format: setup ## Let ruff format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove what was built
+	rm -rf .venv out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Artifact directories: written beside their place, published by one rename.
+
+An artifact holds ``model.onnx``, its weights in one file ``model.onnx_data``, the files that travel
+from the Hugging Face model, and ``manifest.json``: versions, the resolved recipe, the report of
+every pass and the sha256 of every file. A crash or a full disk leaves nothing under the final name.
+"""
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import onnx_ir as ir
+
+from quarot_onnx.errors import InputError, ResourceError, UsageError
+
+FORMAT_VERSION = 1
+MODEL, DATA, MANIFEST = "model.onnx", "model.onnx_data", "manifest.json"
+
+_INLINE_BYTES = 1024  # smaller tensors stay in model.onnx
+_PAGE = 4096
+_PAGE_ALIGNED_BYTES = 1 << 20
+_PACKAGES = ("quarot-onnx", "numpy", "onnx", "onnx-ir", "torch", "transformers")
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes written so far and the bytes in all."""
+
+
+@contextmanager
+def publish(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """A directory to fill; on success it becomes `target`, otherwise nothing is left.
+
+    Raises:
+        UsageError: `target` exists and is not empty (unless `force` and it is an artifact of ours).
+        ResourceError: no space, or no permission to write there.
+    """
+    _check_target(target, force=force)
+    staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    previous_handler = signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, _terminate)
+    except ValueError:  # not the main thread: the caller handles its signals
+        previous_handler = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        yield staging
+        if target.exists():
+            shutil.rmtree(target)
+        staging.rename(target)
+    except OSError as error:
+        raise _resource_error(error, target) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if previous_handler is not None:
+            signal.signal(signal.SIGTERM, previous_handler)
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _check_target(target: Path, *, force: bool) -> None:
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if not (target.exists() or target.is_symlink()):
+        return
+    if not force:
+        raise UsageError(f"{target}: exists and is not empty; choose another or add --force")
+    if not (target / MANIFEST).is_file():
+        raise UsageError(
+            f"{target}: is not an artifact of quarot-onnx, so --force does not replace it; "
+            "choose another directory"
+        )
+
+
+def _resource_error(error: OSError, target: Path) -> ResourceError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ResourceError(
+            f"{target}: no space left while writing; free some or choose another disk"
+        )
+    where = error.filename or target
+    return ResourceError(f"{where}: cannot be written ({error.strerror}); choose another directory")
+
+
+def require_space(target: Path, needed: int) -> None:
+    """Refuse to start what will not fit.
+
+    Raises:
+        ResourceError: the disk of `target` has fewer than `needed` bytes free.
+    """
+    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ResourceError(
+            f"{target}: needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
+            "free some or choose another disk"
+        )
+
+
+def save_model(model: ir.Model, directory: Path, progress: Progress | None = None) -> None:
+    """Write ``model.onnx`` and ``model.onnx_data``; each lazy weight is computed as it is written.
+
+    The model keeps its lazy weights, so it can be saved again elsewhere.
+    """
+    values = [v for v in model.graph.initializers.values() if v.const_value is not None]
+    large = [
+        v for v in values if v.const_value is not None and v.const_value.nbytes > _INLINE_BYTES
+    ]
+    total = sum(v.const_value.nbytes for v in large if v.const_value is not None)
+    external: list[tuple[ir.Value, ir.TensorProtocol]] = []
+    with (directory / DATA).open("wb") as file:
+        for value in large:
+            tensor = value.const_value
+            assert tensor is not None
+            offset = _align(file, tensor.nbytes)
+            _write(file, tensor)
+            external.append((value, _external(value, tensor, offset, directory)))
+            if progress is not None:
+                progress(file.tell(), total)
+        file.flush()
+        os.fsync(file.fileno())
+    kept = [(value, value.const_value) for value, _ in external]
+    try:
+        for value, reference in external:
+            value.const_value = reference
+        proto = ir.to_proto(model)
+    finally:
+        for value, tensor in kept:
+            value.const_value = tensor
+    with (directory / MODEL).open("wb") as file:
+        file.write(proto.SerializeToString(deterministic=True))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _align(file: IO[bytes], size: int) -> int:
+    alignment = _PAGE if size >= _PAGE_ALIGNED_BYTES else 64
+    file.write(b"\0" * (-file.tell() % alignment))
+    return file.tell()
+
+
+def _write(file: IO[bytes], tensor: ir.TensorProtocol) -> None:
+    write_to = getattr(tensor, "tofile", None)
+    if write_to is None:
+        file.write(tensor.tobytes())
+    else:
+        write_to(file)
+
+
+def _external(
+    value: ir.Value, tensor: ir.TensorProtocol, offset: int, directory: Path
+) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        DATA,
+        offset,
+        tensor.nbytes,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=value.name or "",
+        base_dir=directory,
+    )
+
+
+def save_manifest(directory: Path, content: dict[str, Any]) -> None:
+    """Write ``manifest.json``: `content`, the versions, and the sha256 of every other file."""
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "packages": {name: _version(name) for name in _PACKAGES},
+        **content,
+        "files": {
+            path.relative_to(directory).as_posix(): sha256(path)
+            for path in sorted(directory.rglob("*"))
+            if path.is_file() and path.name != MANIFEST
+        },
+    }
+    text = json.dumps(manifest, indent=2, ensure_ascii=False, sort_keys=True)
+    (directory / MANIFEST).write_text(f"{text}\n", encoding="utf-8")
+
+
+def load_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of an artifact.
+
+    Raises:
+        InputError: `directory` is not an artifact, or of a format this version does not read.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{directory}: no {MANIFEST}; give a directory that `quarot-onnx export` wrote"
+        ) from error
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: is damaged ({error}); export again") from error
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format version {version!r}, this quarot-onnx reads {FORMAT_VERSION}; "
+            "export again"
+        )
+    return dict(manifest)
+
+
+def changed_files(directory: Path, manifest: dict[str, Any]) -> list[str]:
+    """The files that are missing or differ from the manifest."""
+    return [
+        name
+        for name, digest in manifest.get("files", {}).items()
+        if not (directory / name).is_file() or sha256(directory / name) != digest
+    ]
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

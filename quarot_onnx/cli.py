@@ -1,0 +1,536 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: arguments in, tables or JSON out; the work is done elsewhere.
+
+Data goes to standard output, progress and errors to standard error. Heavy modules are imported by
+the commands that use them, so that ``--help`` answers at once.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from quarot_onnx.errors import GateError, InputError, QuarotError, ResourceError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from quarot_onnx.artifacts import Progress
+
+EXIT_CODES = """Exit codes: 0 ok, 1 a bug, 2 usage or recipe, 3 bad input, 4 unsupported model,
+5 environment, 6 disk or memory, 10 accuracy gate failed."""
+
+app = typer.Typer(
+    help="Hugging Face decoder LLMs to rotated W4A4KV4 ONNX (QuaRot, arXiv 2404.00456).",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelDir = Annotated[Path, typer.Argument(help="A local Hugging Face directory (safetensors).")]
+Artifact = Annotated[Path, typer.Argument(help="A directory that `export` wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+SaveJson = Annotated[
+    Path | None, typer.Option("--save-json", help="Write the JSON to this file, too.")
+]
+Recipe = Annotated[str, typer.Option("--recipe", "-r", help="A preset or a .toml file.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe; repeatable."),
+]
+Dtype = Annotated[
+    Literal["float32", "float16", "bfloat16"],
+    typer.Option(help="The dtype of the float parts."),
+]
+Runtime = Annotated[
+    Literal["ort-cpu", "ort-cuda", "tensorrt"], typer.Option(help="Where the model runs.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime.")]
+Text = Annotated[Path, typer.Option("--text", help="A UTF-8 text file.")]
+Windows = Annotated[int, typer.Option(min=1, help="How many windows of text.")]
+WindowLength = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
+
+
+def main() -> None:
+    """Run the command line; the console script."""
+    try:
+        app(prog_name="quarot-onnx")
+    except QuarotError as error:
+        _fail(str(error), error.exit_code)
+    except MemoryError:
+        _fail("memory: exhausted; close other programs or take a larger machine", 6)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was left behind", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"quarot-onnx: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+# --- Commands
+# -----------------------------------------------------------------------------------------
+
+
+@app.command()
+def export(
+    model_dir: ModelDir,
+    out_dir: Annotated[Path, typer.Argument(help="Where the artifact goes; created.")],
+    recipe: Recipe = "w4a4kv4",
+    settings: Settings = None,
+    dtype: Dtype = "float32",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, sizes and memory; write nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Export a Hugging Face model to a rotated, quantized ONNX artifact."""
+    from quarot_onnx.export.checkpoint import Checkpoint  # noqa: PLC0415
+    from quarot_onnx.forecast import as_json as forecast_json  # noqa: PLC0415
+    from quarot_onnx.forecast import forecast  # noqa: PLC0415
+    from quarot_onnx.recipe import load_recipe  # noqa: PLC0415
+
+    resolved = load_recipe(recipe, settings or ())
+    if dry_run:
+        found = forecast(Checkpoint(model_dir), resolved, dtype)
+        _emit(forecast_json(found), as_json, lambda: _show_forecast(forecast_json(found)))
+        return
+    from quarot_onnx.pipeline import export as run_export  # noqa: PLC0415
+
+    with _progress("writing weights") as progress:
+        manifest = run_export(
+            model_dir, out_dir, resolved, dtype=dtype, force=force, progress=progress
+        )
+    _emit(manifest, as_json, lambda: _show_manifest(out_dir, manifest))
+
+
+@app.command()
+def validate(
+    artifact: Artifact,
+    reference: Annotated[
+        Path | None, typer.Option(help="The Hugging Face directory it was exported from.")
+    ] = None,
+    require: Annotated[
+        list[str] | None, typer.Option(help="A stage that must not be skipped; repeatable.")
+    ] = None,
+    runtime: Runtime = "ort-cpu",
+    as_json: Json = False,
+    save_json: SaveJson = None,
+) -> None:
+    """Check an artifact against PyTorch; exit code 10 where it is worse or altered."""
+    from quarot_onnx.validate import validate as run_validate  # noqa: PLC0415
+
+    verdict = run_validate(artifact, reference, require=tuple(require or ()), runtime=runtime)
+    content = verdict.as_json()
+    _emit(content, as_json, lambda: _show_verdict(content), save_json)
+    if not verdict.passed:
+        failed = ", ".join(s["id"] for s in content["stages"] if s["status"] == "failed")
+        raise GateError(f"{artifact}: failed {failed}; see the table above")
+
+
+@app.command(name="eval")
+def evaluate(
+    artifact: Artifact,
+    text: Text,
+    windows: Windows = 32,
+    window_length: WindowLength = 256,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Also evaluate this model in fp32, and the recipe without rotations."),
+    ] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Also token by token through the cache.")
+    ] = False,
+    runtime: Runtime = "ort-cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+    save_json: SaveJson = None,
+) -> None:
+    """Measure perplexity on a text file."""
+    from quarot_onnx.evaluate import evaluate as run_evaluate  # noqa: PLC0415
+
+    with _progress("evaluating", "windows") as progress:
+        content = run_evaluate(
+            artifact,
+            text,
+            count=windows,
+            length=window_length,
+            reference=reference,
+            decode=decode,
+            runtime=runtime,
+            threads=threads,
+            progress=progress,
+        )
+    _emit(content, as_json, lambda: _show_evaluation(content), save_json)
+
+
+@app.command()
+def generate(
+    artifact: Artifact,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    runtime: Runtime = "ort-cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, one token at a time through the quantized cache."""
+    from quarot_onnx import runtime as run  # noqa: PLC0415
+
+    model = run.OnnxModel(artifact, runtime=runtime, threads=threads)
+    tokenizer = run.load_tokenizer(artifact)
+    ids = run.generate(
+        model,
+        tokenizer.encode(prompt),
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=run.eos_token_ids(artifact),
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    pieces = tokenizer.stream(ids)
+    if as_json:
+        _print_json({"prompt": prompt, "completion": "".join(pieces)})
+        return
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command()
+def inspect(
+    artifact: Artifact,
+    all_layers: Annotated[
+        bool, typer.Option("--all-layers", help="Show layers that repeat the first one, too.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show an artifact's decoder: linears, bits, rotations, cache, sizes."""
+    from dataclasses import asdict  # noqa: PLC0415
+
+    from quarot_onnx.inspection import inspect as run_inspect  # noqa: PLC0415
+
+    found = asdict(run_inspect(artifact))
+    _emit(found, as_json, lambda: _show_inspection(found, all_layers=all_layers))
+
+
+@app.command()
+def report(
+    artifact: Artifact,
+    page: Annotated[Path, typer.Argument(help="The HTML file to write.")],
+    reference: Annotated[Path, typer.Option(help="The Hugging Face directory.")],
+    text: Text,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")] = "",
+    evaluation: Annotated[Path | None, typer.Option(help="What `eval --save-json` wrote.")] = None,
+    validation: Annotated[
+        Path | None, typer.Option(help="What `validate --save-json` wrote.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page: numbers, rotation plan, outliers before and after."""
+    from quarot_onnx.report import report_artifact  # noqa: PLC0415
+
+    report_artifact(
+        page,
+        artifact,
+        reference,
+        text,
+        prompt=prompt,
+        evaluation=_load_json(evaluation),
+        validation=_load_json(validation),
+    )
+    print(f"wrote {page}")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this preset as TOML.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the presets, or show one."""
+    from quarot_onnx.recipe import load_recipe, preset_names, preset_text  # noqa: PLC0415
+
+    if name is not None:
+        found = load_recipe(name)
+        _emit(found.model_dump(), as_json, lambda: sys.stdout.write(preset_text(name)))
+        return
+    presets = [load_recipe(preset) for preset in preset_names()]
+    _emit(
+        [preset.model_dump() for preset in presets],
+        as_json,
+        lambda: _table(
+            "Recipes",
+            ["recipe", "what it does"],
+            [[preset.name, preset.description] for preset in presets],
+        ),
+    )
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine has, what it lacks and how to get it."""
+    from dataclasses import asdict  # noqa: PLC0415
+
+    from quarot_onnx.doctor import diagnose  # noqa: PLC0415
+
+    findings = diagnose()
+    _emit(
+        [asdict(finding) for finding in findings],
+        as_json,
+        lambda: _table(
+            "This machine",
+            ["what", "found", "needed for", "what to do"],
+            [[f.name, f.found or "-", f.needed_for, f.remedy] for f in findings],
+        ),
+    )
+    if any(finding.is_problem for finding in findings):
+        raise typer.Exit(5)
+
+
+def _version(value: bool) -> None:
+    if value:
+        import importlib.metadata  # noqa: PLC0415
+
+        print(importlib.metadata.version("quarot-onnx"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+# --- Output
+# -------------------------------------------------------------------------------------------
+
+
+def _emit(content: Any, as_json: bool, show: Any, save_to: Path | None = None) -> None:
+    if save_to is not None:
+        try:
+            save_to.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ResourceError(f"{save_to}: cannot be written ({error.strerror})") from error
+    if as_json:
+        _print_json(content)
+    else:
+        show()
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _load_json(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: cannot be read as JSON ({error}); give what --save-json wrote"
+        ) from error
+
+
+def _console() -> "Console":
+    from rich.console import Console  # noqa: PLC0415
+
+    return Console(highlight=False)
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]], numeric: int = 0) -> None:
+    """Print a table; the last `numeric` columns are right-aligned."""
+    from rich import box  # noqa: PLC0415
+    from rich.markup import escape  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for position, column in enumerate(columns):
+        right = position >= len(columns) - numeric
+        table.add_column(
+            column, justify="right" if right else "left", no_wrap=right, overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    _console().print(table)
+
+
+@contextmanager
+def _progress(label: str, unit: str = "MB") -> "Iterator[Progress]":
+    """A progress bar on a terminal's standard error; silent in a pipe."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[done]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    ) as bar:
+        task = bar.add_task("preparing", total=None, done="")
+
+        def update(done: int, total: int) -> None:
+            size = 1e6 if unit == "MB" else 1
+            text = f"{done / size:,.0f} / {total / size:,.0f} {unit}"
+            bar.update(task, description=label, completed=done, total=total, done=text)
+
+        yield update
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def _show_forecast(found: dict[str, Any]) -> None:
+    _table(
+        f"Rotations of {found['recipe']} for {found['model_type']}, {found['layers']} layers",
+        ["place", "matrix", "runs", "size", "MACs/token", "peaks / by"],
+        [
+            [
+                f"{site['name']}: {site['where']}",
+                site["how"],
+                site["runs"],
+                str(site["size"]),
+                f"{site['cost']:,}" if site["cost"] else "-",
+                f"{site['suppression']:.0f}",
+            ]
+            for site in found["sites"]
+        ],
+        numeric=3,
+    )
+    for site in found["sites"]:
+        if site["reason"]:
+            print(f"{site['name']}: {site['reason']}")
+    smaller = found["float_cache_bytes_per_token"] / found["cache_bytes_per_token"]
+    _table(
+        "Sizes",
+        ["what", "how much"],
+        [
+            ["parameters", f"{found['parameters']:,}"],
+            ["linears of the layers", _size(found["weight_bytes"])],
+            [f"embedding, head, norms ({found['dtype']})", _size(found["float_bytes"])],
+            ["on disk", _size(found["weight_bytes"] + found["float_bytes"])],
+            ["cache per token", _size(found["cache_bytes_per_token"])],
+            ["float32 cache per token is larger by", f"{smaller:.1f} times"],
+            ["memory while exporting (estimate)", _size(found["peak_memory_bytes"])],
+        ],
+        numeric=1,
+    )
+
+
+def _show_manifest(out_dir: Path, manifest: dict[str, Any]) -> None:
+    rows = []
+    for entry in manifest["passes"]:
+        skipped = "; ".join(f"skipped {len(at)}: {why}" for why, at in entry["skipped"].items())
+        detail = "; ".join(part for part in (entry["detail"], skipped) if part)
+        rows.append([entry["name"], entry["effect"], detail, str(entry["sites"])])
+    _table(
+        f"Recipe {manifest['recipe']['name']}",
+        ["pass", "effect", "detail", "sites"],
+        rows,
+        numeric=1,
+    )
+    size = sum((out_dir / name).stat().st_size for name in manifest["files"])
+    print(f"wrote {out_dir}: {_size(size)}")
+    print(f"next: quarot-onnx validate {out_dir} --reference MODEL_DIR")
+
+
+def _show_verdict(content: dict[str, Any]) -> None:
+    marks = {"passed": "✓", "failed": "✗", "skipped": "–"}
+    _table(
+        "Validation",
+        ["", "stage", "what was found", "value", "threshold"],
+        [
+            [
+                marks[stage["status"]],
+                stage["id"],
+                stage["detail"],
+                _number(stage["value"]),
+                _number(stage["threshold"]),
+            ]
+            for stage in content["stages"]
+        ],
+        numeric=2,
+    )
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _show_evaluation(content: dict[str, Any]) -> None:
+    baselines = content.get("baselines", {})
+    labels = {
+        "fp32": "Hugging Face, fp32",
+        "unrotated": "same bits, unrotated",
+        "folded": "same bits, norm scales folded, unrotated",
+    }
+    rows = [[labels[name], f"{baselines[name]:,.3f}"] for name in labels if name in baselines]
+    rows.append([f"{content['recipe']} on {content['runtime']}", f"{content['perplexity']:,.3f}"])
+    _table(
+        f"Perplexity over {content['windows']} windows of {content['window_length']} tokens",
+        ["model", "perplexity"],
+        rows,
+        numeric=1,
+    )
+    if (removed := content.get("damage_removed")) is not None:
+        print(f"the rotations remove {removed:.1%} of the damage in log-perplexity")
+    if decode := content.get("decode"):
+        print(
+            f"token by token through the cache: perplexity {decode['perplexity']:.3f}, "
+            f"top-1 agreement with one pass {decode['top1_agreement']:.1%}"
+        )
+
+
+def _show_inspection(found: dict[str, Any], *, all_layers: bool) -> None:
+    manifest = found["manifest"]
+    print(
+        f"{manifest['source']['model_type']}, recipe {manifest['recipe']['name']}, "
+        f"{manifest['dtype']}: {found['layers']} layers, {found['nodes']} nodes, "
+        f"{_size(found['weight_bytes'])} of weights"
+    )
+    shown = [row for row in found["linears"] if all_layers or row["layer"] in (None, 0)]
+    _table(
+        "Linears" if all_layers else f"Linears of layer 0 (of {found['layers']}) and the head",
+        ["layer", "linear", "rotated by", "shape", "W", "A", "size"],
+        [
+            [
+                "-" if row["layer"] is None else str(row["layer"]),
+                row["name"],
+                row["rotation"],
+                f"{row['in_features']} x {row['out_features']}",
+                str(row["weight_bits"]),
+                str(row["activation_bits"]),
+                _size(row["bytes"]),
+            ]
+            for row in shown
+        ],
+        numeric=4,
+    )
+    _table("Cache of layer 0", ["input", "dtype", "shape"], [list(row) for row in found["cache"]])
+    counts = ", ".join(f"{count} {name}" for name, count in found["operators"].items())
+    print(f"quarot operators: {counts or 'none'}")

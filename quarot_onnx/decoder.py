@@ -1,0 +1,455 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where things are in a decoder's graph: typed handles, located once by dataflow.
+
+`Decoder.locate` follows the residual stream from the embedding to the logits. Everything that
+touches it must be one of three things: a norm, whose output only linears read (*readers*), the
+output of a linear that is added to it (*writers*), or the final norm. Whatever else is found is
+refused by name, because a residual stream that is rotated in part is a wrong model that still
+talks.
+
+A handle reads its node live, so it stays true while passes rewrite the graph around it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from quarot_onnx.errors import UnsupportedModelError
+from quarot_onnx.weights import Weight
+
+_SHAPE_OPS = frozenset({"Reshape", "Transpose", "Cast"})
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return value.producer() if value is not None else None
+
+
+def weight_of(value: ir.Value | None) -> Weight | None:
+    """The lazy weight behind an initializer, if it is one."""
+    held = value.const_value if value is not None else None
+    return held if isinstance(held, Weight) else None
+
+
+@dataclass(eq=False)
+class Linear:
+    """``y = x @ W (+ bias)``: a MatMul whose weight is an unshared initializer.
+
+    Constructing one is the proof; `weight` is [in_features, out_features]. Passes that quantize it
+    put another node in its place with `replace`; the handle, its weight and its sizes stay.
+
+    Raises:
+        UnsupportedModelError: the weight is not an initializer, or another node reads it too.
+    """
+
+    node: ir.Node
+    weight: Weight = field(init=False)
+    _bias_node: ir.Node | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        value = self.node.inputs[1] if len(self.node.inputs) > 1 else None
+        if value is None or weight_of(value) is None:
+            raise UnsupportedModelError(
+                f"{self.node.name}: its weight is not an initializer of its own; "
+                "tied embeddings are untied by UntieEmbeddingsPass"
+            )
+        if len(value.uses()) != 1:
+            readers = ", ".join(user.name or "?" for user, _ in value.uses())
+            raise UnsupportedModelError(
+                f"{self.node.name}: weight {value.name} is read by {readers}; it must be unshared"
+            )
+        weight = weight_of(value)
+        assert weight is not None
+        self.weight = weight
+        self._bias_node = self._find_bias()
+
+    @property
+    def name(self) -> str:
+        """The node's name, which is the module path."""
+        return self.node.name or ""
+
+    @property
+    def module(self) -> str:
+        """The name without the operator: ``/model/layers.0/mlp/down_proj``."""
+        return self.name.rpartition("/")[0]
+
+    @property
+    def x(self) -> ir.Value:
+        """The input activation, [..., in_features]."""
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
+    @property
+    def weight_value(self) -> ir.Value:
+        """The initializer."""
+        value = self.node.inputs[1]
+        assert value is not None
+        return value
+
+    @property
+    def in_features(self) -> int:
+        """Rows of the weight."""
+        return self.weight.sizes[0]
+
+    @property
+    def out_features(self) -> int:
+        """Columns of the weight."""
+        return self.weight.sizes[1]
+
+    def _find_bias(self) -> ir.Node | None:
+        uses = self.node.outputs[0].uses()
+        if len(uses) != 1:
+            return None
+        node = next(iter(uses))[0]
+        if node.op_type == "Add" and any(weight_of(v) is not None for v in node.inputs):
+            return node
+        return None
+
+    @property
+    def bias(self) -> Weight | None:
+        """The bias [out_features], where there is one."""
+        if self._bias_node is None:
+            return None
+        return next(w for v in self._bias_node.inputs if (w := weight_of(v)) is not None)
+
+    @property
+    def output(self) -> ir.Value:
+        """The output with the bias added."""
+        return (self._bias_node or self.node).outputs[0]
+
+    def replace(self, graph: ir.Graph, node: ir.Node) -> None:
+        """Let `node`, which computes the same product, take this linear's place in `graph`."""
+        old, new = self.node.outputs[0], node.outputs[0]
+        new.type, new.shape = old.type, old.shape
+        graph.insert_before(self.node, node)
+        old.replace_all_uses_with(new)
+        graph.remove(self.node, safe=True)
+        self.node = node
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """An RMSNormalization of the residual stream and the linears that read it.
+
+    Attributes:
+        node: the RMSNormalization.
+        readers: every consumer of its output.
+    """
+
+    node: ir.Node
+    readers: tuple[Linear, ...]
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return self.node.name or ""
+
+    @property
+    def scale(self) -> Weight:
+        """The norm scale, gamma [hidden_size]."""
+        weight = weight_of(self.node.inputs[1])
+        assert weight is not None
+        return weight
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Attention of one layer: the nodes between the q/k/v linears and o_proj.
+
+    Attributes:
+        node: the ``Attention`` operator; inputs q [B, Hq, S, D], k and v [B, Hkv, T, D], mask.
+        key_append: ``Concat(past, new)`` of the key cache.
+        value_append: the same of the value cache.
+        q, k, v, o: the linears.
+        num_heads: query heads.
+        num_kv_heads: cache heads.
+        head_dim: features of a head.
+    """
+
+    node: ir.Node
+    key_append: ir.Node
+    value_append: ir.Node
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Mlp:
+    """The feed-forward half of one layer: readers (gate, up) and the writer (down)."""
+
+    readers: tuple[Linear, ...]
+    down: Linear
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One decoder layer."""
+
+    index: int
+    attention: Attention
+    mlp: Mlp
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear, in the order of computation."""
+        a = self.attention
+        return (a.q, a.k, a.v, a.o, *self.mlp.readers, self.mlp.down)
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """A located decoder.
+
+    Attributes:
+        model: the graph that the handles point into.
+        embedding: the Gather of token embeddings.
+        norms: every norm of the residual stream, first to last; the last one feeds `lm_head`.
+        writers: every linear whose output is added to the residual stream.
+        layers: the layers, first to last.
+        lm_head: the linear that gives the logits.
+        hidden_size: width of the residual stream.
+    """
+
+    model: ir.Model
+    embedding: ir.Node
+    norms: tuple[Norm, ...]
+    writers: tuple[Linear, ...]
+    layers: tuple[Layer, ...]
+    lm_head: Linear
+    hidden_size: int
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear of every layer; the head is not among them."""
+        return tuple(linear for layer in self.layers for linear in layer.linears)
+
+    @property
+    def embedding_weight(self) -> Weight:
+        """Token embeddings [vocabulary, hidden_size]."""
+        weight = weight_of(self.embedding.inputs[0])
+        assert weight is not None
+        return weight
+
+    @classmethod
+    def locate(cls, model: ir.Model) -> "Decoder":
+        """The decoder in `model`.
+
+        Raises:
+            UnsupportedModelError: something reads or writes the residual stream in a way that a
+                rotation could not follow; names the node.
+        """
+        embedding = next((n for n in model.graph if _is_embedding(n)), None)
+        if embedding is None:
+            raise UnsupportedModelError("graph: no Gather of token embeddings; is this a decoder?")
+        stream = _ResidualStream.follow(embedding.outputs[0])
+        if not stream.norms:
+            raise UnsupportedModelError(
+                f"{embedding.name}: no norm reads the residual stream; is this a decoder?"
+            )
+        final = stream.norms[-1]
+        if len(final.readers) != 1:
+            raise UnsupportedModelError(
+                f"{final.name}: {len(final.readers)} linears read the final norm, expected the head"
+            )
+        layers = tuple(_layers(model, stream))
+        located = {linear.node for layer in layers for linear in layer.linears}
+        stray = [
+            node.name
+            for node in model.graph
+            if node.op_type in ("MatMul", "Gemm")
+            and any(weight_of(v) is not None for v in node.inputs)
+            and node not in located
+            and node is not final.readers[0].node
+        ]
+        if stray:
+            raise UnsupportedModelError(
+                f"{stray[0]}: a linear with no known role ({len(stray)} in all); "
+                "this architecture is not supported"
+            )
+        shape = embedding.outputs[0].shape
+        assert shape is not None
+        return cls(
+            model,
+            embedding,
+            tuple(stream.norms),
+            tuple(stream.writers),
+            layers,
+            final.readers[0],
+            int(shape[-1]),  # type: ignore[arg-type]
+        )
+
+
+def _is_embedding(node: ir.Node) -> bool:
+    return node.op_type == "Gather" and weight_of(node.inputs[0]) is not None
+
+
+@dataclass(frozen=True)
+class _ResidualStream:
+    norms: list[Norm]
+    writers: list[Linear]
+
+    @classmethod
+    def follow(cls, start: ir.Value) -> "_ResidualStream":
+        stream = cls([], [])
+        state: ir.Value | None = start
+        while state is not None:
+            state = stream._step(state)
+        return stream
+
+    def _step(self, state: ir.Value) -> ir.Value | None:
+        """Classify the readers of `state`; give the next state, None after the last norm."""
+        if state.is_graph_output():
+            raise UnsupportedModelError(
+                f"{state.name}: the residual stream is an output of the graph, where a rotation would "
+                "show; remove the output"
+            )
+        following: list[ir.Value] = []
+        for node, _ in state.uses():
+            if node.op_type == "RMSNormalization" and weight_of(node.inputs[1]) is not None:
+                self.norms.append(Norm(node, tuple(_readers(node.outputs[0]))))
+            elif node.op_type == "Add":
+                added = next((v for v in node.inputs if v is not state), None)
+                self.writers.append(_writer(added, node))
+                following.append(node.outputs[0])
+            else:
+                raise UnsupportedModelError(
+                    f"{node.name}: a {node.op_type} reads the residual stream, which only norms "
+                    "and additions may; this architecture is not supported"
+                )
+        if len(following) > 1:
+            raise UnsupportedModelError(
+                f"{following[1].name}: the residual stream branches; "
+                "this architecture is not supported"
+            )
+        return following[0] if following else None
+
+
+def _readers(value: ir.Value) -> Iterator[Linear]:
+    for node, position in value.uses():
+        if node.op_type != "MatMul" or position != 0:
+            raise UnsupportedModelError(
+                f"{node.name}: a {node.op_type} reads the output of a norm, which only linears "
+                "may; this architecture is not supported"
+            )
+        yield Linear(node)
+
+
+def _writer(value: ir.Value | None, where: ir.Node) -> Linear:
+    node = _producer(value)
+    if value is not None and len(value.uses()) != 1:
+        raise UnsupportedModelError(
+            f"{where.name}: what is added to the residual stream is read elsewhere too; "
+            "this architecture is not supported"
+        )
+    if node is not None and node.op_type == "Add" and any(weight_of(v) for v in node.inputs):
+        node = next((p for v in node.inputs if (p := _producer(v)) is not None), None)
+    if node is None or node.op_type != "MatMul":
+        raise UnsupportedModelError(
+            f"{where.name}: what is added to the residual stream is not the output of a linear; "
+            "this architecture is not supported"
+        )
+    return Linear(node)
+
+
+def _layers(model: ir.Model, stream: _ResidualStream) -> Iterator[Layer]:
+    """Pair each attention with the feed-forward that follows it along the stream."""
+    attentions = [node for node in model.graph if node.op_type == "Attention"]
+    by_node = {linear.node: linear for norm in stream.norms for linear in norm.readers}
+    by_node |= {linear.node: linear for linear in stream.writers}
+    writers = list(stream.writers)
+    norms = list(stream.norms[:-1])
+    if len(writers) != 2 * len(attentions) or len(norms) != len(writers):
+        raise UnsupportedModelError(
+            f"graph: {len(attentions)} attentions, {len(norms)} norms and {len(writers)} "
+            "writers of the residual stream; expected a norm and a writer per half of a layer"
+        )
+    for index, node in enumerate(attentions):
+        attention = _attention(node, by_node)
+        down, readers = writers[2 * index + 1], norms[2 * index + 1].readers
+        if attention.o is not writers[2 * index]:
+            raise UnsupportedModelError(
+                f"{node.name}: its output does not reach {writers[2 * index].name}; "
+                "this architecture is not supported"
+            )
+        if not _reached_from(down.x, readers):
+            raise UnsupportedModelError(
+                f"{down.name}: its input does not come from the linears behind "
+                f"{norms[2 * index + 1].name}; this architecture is not supported"
+            )
+        yield Layer(index, attention, Mlp(readers, down))
+
+
+def _attention(node: ir.Node, linears: dict[ir.Node, Linear]) -> Attention:
+    key_append, value_append = _producer(node.inputs[1]), _producer(node.inputs[2])
+    if key_append is None or value_append is None or key_append.op_type != "Concat":
+        raise UnsupportedModelError(f"{node.name}: its keys do not come from a cache")
+    shape = key_append.inputs[0].shape if key_append.inputs[0] is not None else None
+    if shape is None or not isinstance(shape[1], int) or not isinstance(shape[3], int):
+        raise UnsupportedModelError(f"{node.name}: the cache has no fixed number and size of heads")
+    o = _downstream_linear(node.outputs[0], linears)
+    return Attention(
+        node,
+        key_append,
+        value_append,
+        _upstream_linear(node.inputs[0], linears, node, _ROPE_OPS),
+        _upstream_linear(key_append.inputs[1], linears, node, _ROPE_OPS),
+        _upstream_linear(value_append.inputs[1], linears, node, _BIAS_OPS),
+        o,
+        num_heads=o.in_features // shape[3],
+        num_kv_heads=shape[1],
+        head_dim=shape[3],
+    )
+
+
+_BIAS_OPS = frozenset({"Add"}) | _SHAPE_OPS
+_ROPE_OPS = frozenset({"RotaryEmbedding", "RMSNormalization"}) | _BIAS_OPS
+
+
+def _upstream_linear(
+    value: ir.Value | None, linears: dict[ir.Node, Linear], where: ir.Node, allowed: frozenset[str]
+) -> Linear:
+    """The linear behind RoPE, q/k norms and reshapes; a value path has reshapes and a bias only."""
+    node = _producer(value)
+    while node is not None and node not in linears and node.op_type in allowed:
+        node = next((p for v in node.inputs if (p := _producer(v)) is not None), None)
+    if node is None or node not in linears:
+        raise UnsupportedModelError(
+            f"{where.name}: an input does not come from a linear over a norm; "
+            "this architecture is not supported"
+        )
+    return linears[node]
+
+
+def _downstream_linear(value: ir.Value, linears: dict[ir.Node, Linear]) -> Linear:
+    while True:
+        uses = value.uses()
+        node = next(iter(uses))[0] if len(uses) == 1 else None
+        if node is not None and node in linears:
+            return linears[node]
+        if node is None or node.op_type not in _SHAPE_OPS:
+            raise UnsupportedModelError(
+                f"{value.name}: the attention's output does not go to one linear; "
+                "this architecture is not supported"
+            )
+        value = node.outputs[0]
+
+
+def _reached_from(value: ir.Value, readers: tuple[Linear, ...]) -> bool:
+    """Whether `value` is computed from all of `readers`."""
+    wanted = {reader.node for reader in readers}
+    pending, seen = [value], set()
+    while pending:
+        node = pending.pop().producer()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in wanted:
+            continue
+        pending.extend(v for v in node.inputs if v is not None)
+    return wanted <= seen

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity of an artifact on a text, by prefill and by decoding, beside its baselines.
+
+The text is cut into evenly spaced windows that do not overlap; every token of a window but the
+first is predicted from those before it in the window. Log-probabilities are taken in float64.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quarot_onnx.artifacts import load_manifest
+from quarot_onnx.errors import GateError, InputError, UsageError
+from quarot_onnx.runtime import CausalModel, Ids, Logits, OnnxModel, load_tokenizer
+
+WINDOWS, WINDOW_LENGTH = 32, 256
+"""How much text `evaluate` reads by default."""
+
+Progress = Callable[[int, int], None]
+"""Called with the windows done and the windows in all."""
+
+_LOGITS_AT_ONCE = 1 << 24  # 64 MB in float32: windows are batched up to here
+
+
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 text file.
+
+    Raises:
+        InputError: it is missing, empty, not a file, or not UTF-8; the message says where.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; give a text file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give a text file") from error
+    zero = raw.find(b"\0")
+    if zero >= 0:
+        raise InputError(f"{path}: binary (a zero byte at byte {zero}); give a UTF-8 text file")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        offset = error.start + (3 if raw.startswith(b"\xef\xbb\xbf") else 0)
+        raise InputError(f"{path}: not UTF-8 at byte {offset}; convert it to UTF-8") from error
+    if not text.strip():
+        raise InputError(f"{path}: is empty; give a text file with some text")
+    return text
+
+
+def windows(ids: Sequence[int], count: int, length: int, *, where: str = "text") -> Ids:
+    """`count` windows of `length` ids, [count, length]; window i begins at i * (len(ids) // count).
+
+    Raises:
+        UsageError: no window, or one without a prediction.
+        InputError: there are fewer than count * length ids.
+    """
+    if count < 1 or length < 2:
+        raise UsageError(
+            f"--windows {count} --window-length {length}: needs at least 1 window of 2 tokens"
+        )
+    if len(ids) < count * length:
+        raise InputError(
+            f"{where}: has {len(ids)} tokens, needs {count * length} for {count} windows of "
+            f"{length}; give more text, or lower --windows or --window-length"
+        )
+    stride = len(ids) // count
+    return np.array([ids[i * stride : i * stride + length] for i in range(count)], np.int64)
+
+
+def log_probabilities(logits: Logits) -> NDArray[np.float64]:
+    """The logarithm of softmax over the last axis, in float64."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
+
+
+def _target_log_probabilities(logits: Logits, targets: Ids) -> NDArray[np.float64]:
+    """Of targets [B, S] under logits [B, S, V]; a row at a time, to bound the float64 memory."""
+    rows = [
+        np.take_along_axis(log_probabilities(row), target[:, None], axis=-1)[:, 0]
+        for row, target in zip(logits, targets, strict=True)
+    ]
+    return np.stack(rows)
+
+
+def _require_finite(values: NDArray[np.float64], first_window: int) -> None:
+    if not np.isfinite(values).all():
+        row, column = np.argwhere(~np.isfinite(values))[0]
+        raise GateError(
+            f"logits: not finite at token {column} of window {first_window + row}; "
+            "the model is broken, see `quarot-onnx validate`"
+        )
+
+
+def _batch_size(model: CausalModel, length: int) -> int:
+    return max(1, _LOGITS_AT_ONCE // (length * model.vocabulary_size))
+
+
+def perplexity(model: CausalModel, windows: Ids, *, progress: Progress | None = None) -> float:
+    """By prefill: the exponential of the mean negative log-likelihood over windows [N, T].
+
+    Raises:
+        GateError: a logit is not finite.
+    """
+    total = 0.0
+    batch = _batch_size(model, windows.shape[1])
+    for start in range(0, len(windows), batch):
+        part = windows[start : start + batch]
+        logits, _ = model.step(part, model.new_cache(len(part)))
+        found = _target_log_probabilities(logits[:, :-1], part[:, 1:])
+        _require_finite(found, start)
+        total -= float(found.sum())
+        if progress is not None:
+            progress(start + len(part), len(windows))
+    return math.exp(total / (len(windows) * (windows.shape[1] - 1)))
+
+
+@dataclass(frozen=True)
+class DecodeResult:
+    """Decoding token by token through the cache, against one prefill of the same windows.
+
+    Attributes:
+        perplexity: by decoding.
+        prefill_perplexity: by prefill.
+        top1_agreement: fraction of tokens with the same most likely next token.
+        mean_difference: mean |difference| of the log-probability of the text's next token, in nats.
+    """
+
+    perplexity: float
+    prefill_perplexity: float
+    top1_agreement: float
+    mean_difference: float
+
+
+def decode_perplexity(
+    model: CausalModel, windows: Ids, *, progress: Progress | None = None
+) -> DecodeResult:
+    """Perplexity of windows [N, T], one token at a time through the cache, and how prefill agrees.
+
+    Raises:
+        GateError: a logit is not finite.
+    """
+    batch = _batch_size(model, windows.shape[1])
+    decoded, prefilled, agreed = [], [], []
+    for start in range(0, len(windows), batch):
+        part = windows[start : start + batch]
+        whole, _ = model.step(part, model.new_cache(len(part)))
+        cache = model.new_cache(len(part))
+        steps = []
+        for index in range(part.shape[1] - 1):
+            logits, cache = model.step(part[:, index : index + 1], cache)
+            agreed.append(logits[:, 0].argmax(axis=-1) == whole[:, index].argmax(axis=-1))
+            steps.append(_target_log_probabilities(logits, part[:, index + 1 : index + 2]))
+        decoded.append(np.concatenate(steps, axis=1))
+        prefilled.append(_target_log_probabilities(whole[:, :-1], part[:, 1:]))
+        _require_finite(decoded[-1], start)
+        _require_finite(prefilled[-1], start)
+        if progress is not None:
+            progress(start + len(part), len(windows))
+    by_decode, by_prefill = np.concatenate(decoded), np.concatenate(prefilled)
+    return DecodeResult(
+        perplexity=math.exp(-by_decode.mean()),
+        prefill_perplexity=math.exp(-by_prefill.mean()),
+        top1_agreement=float(np.concatenate(agreed).mean()),
+        mean_difference=float(np.abs(by_decode - by_prefill).mean()),
+    )
+
+
+def evaluate(
+    artifact: Path,
+    text: Path,
+    *,
+    count: int = WINDOWS,
+    length: int = WINDOW_LENGTH,
+    decode: bool = False,
+    reference: Path | None = None,
+    runtime: str = "ort-cpu",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Perplexity of `artifact` on `text`.
+
+    Args:
+        artifact: a directory that ``quarot-onnx export`` wrote.
+        text: a UTF-8 text file.
+        count: how many windows.
+        length: tokens of a window.
+        decode: also decode token by token through the cache.
+        reference: the Hugging Face directory; adds its perplexity and those of the same recipe
+            without rotations.
+        runtime: where the artifact runs.
+        threads: of one operator.
+        progress: called after each batch of windows.
+
+    Returns:
+        For JSON: ``perplexity``, ``windows``, ``window_length``, ``tokens`` (of the text),
+        ``recipe``, ``runtime``, ``cache_bytes_per_token``, and where asked ``decode``,
+        ``baselines`` and ``damage_removed``: of the unrotated model's, in log-perplexity.
+
+    Raises:
+        InputError: the text is unreadable or too short, the artifact is damaged.
+        GateError: a logit is not finite.
+        QuarotError: what `OnnxModel` and `pipeline.export` raise.
+    """
+    manifest = load_manifest(artifact)
+    content = read_text(text)
+    ids = load_tokenizer(artifact).encode(content, add_special_tokens=False)
+    cut = windows(ids, count, length, where=str(text))
+    model = OnnxModel(artifact, runtime=runtime, threads=threads)
+    result: dict[str, Any] = {
+        "perplexity": perplexity(model, cut, progress=progress),
+        "windows": count,
+        "window_length": length,
+        "tokens": len(ids),
+        "recipe": manifest["recipe"]["name"],
+        "runtime": runtime,
+        "cache_bytes_per_token": model.cache_bytes_per_token,
+    }
+    if decode:
+        by_decode = decode_perplexity(model, cut)
+        result["decode"] = {
+            "perplexity": by_decode.perplexity,
+            "top1_agreement": by_decode.top1_agreement,
+            "mean_difference": by_decode.mean_difference,
+        }
+    if reference is not None:
+        del model
+        found = baselines(reference, manifest, cut, runtime=runtime, threads=threads)
+        result["baselines"] = found
+        damage = math.log(found["unrotated"] / found["fp32"])
+        if damage > 0:
+            kept = math.log(result["perplexity"] / found["fp32"])
+            result["damage_removed"] = 1 - kept / damage
+    return result
+
+
+def baselines(
+    model_dir: Path,
+    manifest: dict[str, Any],
+    windows: Ids,
+    *,
+    runtime: str = "ort-cpu",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Perplexities to stand beside a rotated model's, on the same windows.
+
+    Args:
+        model_dir: the Hugging Face directory that the artifact came from.
+        manifest: the artifact's, for its recipe and dtype.
+        windows: [N, T].
+        runtime: where the exports run.
+        threads: of one operator.
+        progress: called after each batch of windows of each baseline.
+
+    Returns:
+        ``fp32`` by PyTorch; ``folded`` and ``unrotated``: the same bits without rotations, with
+        norm scales folded and not. Exported to a temporary directory.
+    """
+    from quarot_onnx.pipeline import export  # noqa: PLC0415  # imports torch
+    from quarot_onnx.recipe import Recipe, Rotations  # noqa: PLC0415
+    from quarot_onnx.reference import HuggingFaceModel  # noqa: PLC0415  # imports torch
+
+    recipe = Recipe.model_validate(manifest["recipe"])
+    found = {
+        "fp32": perplexity(HuggingFaceModel(model_dir, threads=threads), windows, progress=progress)
+    }
+    with tempfile.TemporaryDirectory(prefix="quarot-onnx-") as directory:
+        for name, fold in (("folded", True), ("unrotated", False)):
+            off = Rotations(
+                fold_norm_scale=fold, r1="none", r2=False, heads=False, r3=False, r4=False
+            )
+            out = Path(directory) / name
+            export(
+                model_dir,
+                out,
+                recipe.model_copy(update={"name": name, "rotations": off}),
+                dtype=manifest["dtype"],
+            )
+            model = OnnxModel(out, runtime=runtime, threads=threads)
+            found[name] = perplexity(model, windows, progress=progress)
+    return found

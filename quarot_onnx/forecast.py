@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an export would do, from config.json and the weight headers alone: ``export --dry-run``.
+
+Nothing is traced and no weight is read, so the answer comes at once, on a machine without torch.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from quarot_onnx.export.architectures import check_config
+from quarot_onnx.export.checkpoint import Checkpoint
+from quarot_onnx.hadamard import Plan, plan
+from quarot_onnx.recipe import Recipe
+from quarot_onnx.rotation import Rotation
+
+FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+_RUNTIME_BYTES = 600_000_000  # the interpreter with torch, transformers and a traced layer
+
+
+@dataclass(frozen=True)
+class Site:
+    """One rotation of the plan.
+
+    Attributes:
+        name: R1, R2, heads, R3 or R4.
+        where: what it turns.
+        size: the dimension.
+        how: factors of the Hadamard, or the kind of matrix.
+        runs: ``offline`` (fused into weights), ``online`` (a node) or ``skipped``.
+        cost: multiply-adds per token and layer of the online part.
+        suppression: by how much the peak of a single outlier shrinks.
+        reason: why it is skipped or not a full Hadamard.
+    """
+
+    name: str
+    where: str
+    size: int
+    how: str
+    runs: str
+    cost: int
+    suppression: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The plan of an export.
+
+    Attributes:
+        model_type: from config.json.
+        recipe: the recipe's name.
+        dtype: of the float parts.
+        layers, parameters: of the model.
+        sites: the rotations.
+        weight_bytes: linears of the layers as stored, with scales.
+        float_bytes: embedding, head, norms and biases.
+        cache_bytes_per_token: all layers, as the graph's inputs hold them.
+        float_cache_bytes_per_token: the same in float32.
+        peak_memory_bytes: an estimate of the export's peak.
+    """
+
+    model_type: str
+    recipe: str
+    dtype: str
+    layers: int
+    parameters: int
+    sites: tuple[Site, ...]
+    weight_bytes: int
+    float_bytes: int
+    cache_bytes_per_token: int
+    float_cache_bytes_per_token: int
+    peak_memory_bytes: int
+
+
+def forecast(checkpoint: Checkpoint, recipe: Recipe, dtype: str) -> Forecast:
+    """The plan of exporting `checkpoint` with `recipe`.
+
+    Raises:
+        InputError, UnsupportedModelError: what the export itself would refuse for its
+        configuration.
+    """
+    config = checkpoint.config
+    check_config(checkpoint.directory / "config.json", config)
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    matrices = [
+        entry.shape
+        for name, entry in checkpoint.tensors.items()
+        if ".layers." in name and len(entry.shape) == 2
+    ]
+    linear_count = sum(rows * columns for rows, columns in matrices)
+    vectors = sum(entry.shape[0] for entry in checkpoint.tensors.values() if len(entry.shape) == 1)
+    embedding = config["vocab_size"] * hidden
+    return Forecast(
+        model_type=config["model_type"],
+        recipe=recipe.name,
+        dtype=dtype,
+        layers=layers,
+        parameters=sum(_count(entry.shape) for entry in checkpoint.tensors.values()),
+        sites=tuple(_sites(recipe, hidden, heads, head_dim, config["intermediate_size"])),
+        weight_bytes=_stored(linear_count, recipe.weights.bits, dtype)
+        + (4 * sum(rows for rows, _ in matrices) if recipe.weights.bits < 16 else 0),
+        float_bytes=(2 * embedding + vectors) * FLOAT_BYTES[dtype],
+        cache_bytes_per_token=2 * layers * kv_heads * _cache_bytes(recipe, head_dim, dtype),
+        float_cache_bytes_per_token=2 * layers * kv_heads * head_dim * 4,
+        peak_memory_bytes=_RUNTIME_BYTES + 24 * max((_count(m) for m in matrices), default=0),
+    )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _stored(count: int, bits: int, dtype: str) -> int:
+    if bits == 16:
+        return count * FLOAT_BYTES[dtype]
+    return count // 2 if bits == 4 else count
+
+
+def _cache_bytes(recipe: Recipe, head_dim: int, dtype: str) -> int:
+    cache = recipe.kv_cache
+    if cache.bits == 16 or cache.io == "float":
+        return head_dim * FLOAT_BYTES[dtype]
+    return (head_dim // 2 if cache.bits == 4 else head_dim) + 8
+
+
+def _sites(recipe: Recipe, hidden: int, heads: int, head_dim: int, intermediate: int) -> list[Site]:
+    rotations = recipe.rotations
+    sites = []
+    if rotations.r1 != "none":
+        r1 = Rotation(rotations.r1, hidden, recipe.seed, "R1")
+        sites.append(
+            Site("R1", "residual stream", hidden, r1.describe(), "offline", 0, hidden**0.5)
+        )
+    if rotations.r2:
+        sites.append(_site("R2", "values, per head", plan(head_dim), online=False))
+    if rotations.heads:
+        across = plan(heads, policy="full")
+        sites.append(_site("heads", "o_proj input, across heads", across, times=head_dim))
+    if rotations.r3:
+        sites.append(_site("R3", "queries and keys, per head", plan(head_dim), times=2 * heads))
+    if rotations.r4:
+        sites.append(_site("R4", "down_proj input", plan(intermediate)))
+    return sites
+
+
+def _site(name: str, where: str, found: Plan, *, times: int = 1, online: bool = True) -> Site:
+    runs = "skipped" if found.kind == "none" else "online" if online else "offline"
+    how = (
+        "hadamard " + " x ".join(str(factor) for factor in found.factors) if found.factors else "-"
+    )
+    if found.kind == "block":
+        how = f"{how} in {found.size // found.block_size} blocks"
+    return Site(
+        name,
+        where,
+        found.size,
+        how,
+        runs,
+        found.cost * times if runs == "online" else 0,
+        found.suppression,
+        found.reason,
+    )
+
+
+def as_json(found: Forecast) -> dict[str, Any]:
+    """The forecast as plain data."""
+    return {**vars(found), "sites": [vars(site) for site in found.sites]}

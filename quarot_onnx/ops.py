@@ -1,0 +1,617 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``quarot`` operators: one definition each.
+
+An operator is a NumPy reference (the truth), an ONNX function body (so that ONNX Runtime,
+Polygraphy and Netron need nothing registered) and the list of its attributes. The TensorRT plugins
+and the CUDA kernels have the same names and attributes and are compared with the reference.
+
+Conventions, stated once:
+
+* ``x`` is a row vector: a rotation by ``H`` is ``x @ H``. Tokens are all leading axes, features the
+  last.
+* Codes of ``bits`` bits are ``-2**(bits-1) .. 2**(bits-1)-1``; rounding is half to even; every
+  scale is
+  float32 and is 1 where the data is all zero.
+* Portable storage, used in ``model.onnx``: activation codes are uint8 with zero point 128, one per
+  byte;
+  weight codes are INT4 (INT8 above 4 bits) initializers ``[in_features, out_features]``.
+* The 4-bit cache holds two codes 0..15 in one uint8, low nibble first, so its last axis is head_dim
+  / 2.
+* Kernel storage of activations and weights is two's-complement nibbles, low nibble first:
+  `pack_int4`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+DOMAIN = "quarot"
+VERSION = 1
+OPSET = 23
+
+Array = NDArray[Any]
+Float32 = NDArray[np.float32]
+Codes = NDArray[np.uint8]
+
+ACTIVATION_ZERO_POINT = 128
+"""What portable storage adds to a signed activation code to make it a uint8."""
+
+_MASKED = -3.0e38  # finite, so that a row with nothing to attend to is uniform and not NaN
+
+
+# --- References -----------------------------------------------------------------------------------
+
+
+def hadamard(x: Array, A: Array, B: Array) -> Array:
+    """``x @ (I ⊗ A ⊗ B)`` on the last axis; x [..., n], A [a, a], B [b, b], a * b divides n.
+
+    Computed in float32 and returned in x's dtype (QuaRot, section 3; a Kronecker product of
+    Hadamard matrices is one).
+    """
+    a, b = len(A), len(B)
+    folded = x.astype(np.float32).reshape(-1, a, b)
+    return (
+        (A.T.astype(np.float32) @ (folded @ B.astype(np.float32))).reshape(x.shape).astype(x.dtype)
+    )
+
+
+def hadamard_heads(x: Array, A: Array) -> Array:
+    """``x @ (A ⊗ I)``: across heads, for a head-major last axis; x [..., n], A [a, a], a divides n.
+
+    Computed in float32 and returned in x's dtype (QuaRot, "Hadamard heads").
+    """
+    folded = x.astype(np.float32).reshape(-1, len(A), x.shape[-1] // len(A))
+    return (A.T.astype(np.float32) @ folded).reshape(x.shape).astype(x.dtype)
+
+
+def quantize_int4(x: Array, *, bits: int = 4, clip_ratio: float = 0.9) -> tuple[Codes, Float32]:
+    """Codes (uint8, zero point 128) [..., k] and scale [..., 1] of x [..., k], symmetric per token.
+
+    ``scale = max|x| * (clip_ratio / qmax)``, ``code = clip(round(x / scale), -qmax - 1, qmax)``
+    with ``qmax = 2**(bits - 1) - 1`` (QuaRot, section 4: dynamic per-token, clip 0.9 at 4 bits).
+    """
+    x = x.astype(np.float32)
+    qmax = np.float32(2 ** (bits - 1) - 1)
+    amax = np.abs(x).max(axis=-1, keepdims=True)
+    scale = np.where(amax == 0, np.float32(1), amax * (np.float32(clip_ratio) / qmax))
+    codes = np.clip(np.rint(x / scale), -qmax - 1, qmax)
+    return (codes + ACTIVATION_ZERO_POINT).astype(np.uint8), scale
+
+
+def int4_gemm(
+    q: Codes, scale: Float32, w: Array, w_scale: Float32, *, dtype: Any = np.float32
+) -> Array:
+    """``(q - 128) @ w`` summed exactly, times scale times w_scale, rounded once to dtype.
+
+    q [..., k] portable codes, scale [..., 1], w [k, n] signed codes, w_scale [n] -> [..., n].
+    """
+    accumulator = (q.astype(np.int64) - ACTIVATION_ZERO_POINT) @ w.astype(np.int64)
+    return ((accumulator.astype(np.float32) * scale) * w_scale).astype(dtype)
+
+
+def quantize_kv(
+    x: Array, *, bits: int = 4, clip_ratio: float = 0.95
+) -> tuple[Codes, Float32, Float32]:
+    """Codes 0..2**bits-1 [..., d], scale and zero point [..., 1] of x [..., d], asymmetric.
+
+    One group is one head of one token. The range includes 0, so that the zero point is a code:
+    ``scale = (max(x, 0) - min(x, 0)) * (clip_ratio / qmax)``, ``zero = round(-min(x, 0) * clip /
+    scale)``, ``value = (code - zero) * scale`` (QuaRot, section 4: KV asymmetric, clip 0.95 at 4
+    bits).
+    """
+    x = x.astype(np.float32)
+    qmax = np.float32(2**bits - 1)
+    low = np.minimum(x.min(axis=-1, keepdims=True), np.float32(0))
+    high = np.maximum(x.max(axis=-1, keepdims=True), np.float32(0))
+    span = high - low
+    scale = np.where(span == 0, np.float32(1), span * (np.float32(clip_ratio) / qmax))
+    zero = np.rint(-low * np.float32(clip_ratio) / scale)
+    codes = np.clip(np.rint(x / scale) + zero, np.float32(0), qmax)
+    return codes.astype(np.uint8), scale, zero
+
+
+def pack_kv(codes: Codes) -> Codes:
+    """Two 4-bit cache codes to a byte, low nibble first: [..., d] -> [..., d / 2]."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack_kv(packed: Codes) -> Codes:
+    """The inverse of `pack_kv`: [..., d / 2] -> [..., d]."""
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def kv_append(
+    new: Array,
+    past: Codes,
+    past_scale: Float32,
+    past_zero: Float32,
+    *,
+    bits: int = 4,
+    clip_ratio: float = 0.95,
+) -> tuple[Codes, Float32, Float32]:
+    """Quantize new [B, H, S, D] once and append it to the cache along the token axis.
+
+    past [B, H, P, D/2] packed (or [B, H, P, D] above 4 bits), scale and zero [B, H, P, 1].
+    """
+    codes, scale, zero = quantize_kv(new, bits=bits, clip_ratio=clip_ratio)
+    if bits == 4:
+        codes = pack_kv(codes)
+    return (
+        np.concatenate([past, codes], axis=2),
+        np.concatenate([past_scale, scale], axis=2),
+        np.concatenate([past_zero, zero], axis=2),
+    )
+
+
+def kv_fake_quantize(x: Array, *, bits: int = 4, clip_ratio: float = 0.95) -> Array:
+    """The float values that `quantize_kv`'s codes stand for, in x's dtype; x [..., d]."""
+    codes, scale, zero = quantize_kv(x, bits=bits, clip_ratio=clip_ratio)
+    return ((codes.astype(np.float32) - zero) * scale).astype(x.dtype)
+
+
+def kv_attention(
+    q: Array,
+    key: Codes,
+    key_scale: Float32,
+    key_zero: Float32,
+    value: Codes,
+    value_scale: Float32,
+    value_zero: Float32,
+    mask: NDArray[np.bool_],
+    *,
+    scale: float,
+    bits: int = 4,
+) -> Array:
+    """Softmax attention of q [B, Hq, S, D] over the quantized cache, in float32, in q's dtype.
+
+    Query head h reads cache head ``h // (Hq / H)``; mask [B, 1, S, T] is true where a query may
+    look.
+    """
+    if bits == 4:
+        key, value = unpack_kv(key), unpack_kv(value)
+    k = (key.astype(np.float32) - key_zero) * key_scale
+    v = (value.astype(np.float32) - value_zero) * value_scale
+    batch, _, length, size = q.shape
+    grouped = q.astype(np.float32).reshape(batch, k.shape[1], -1, length, size)
+    scores = np.float32(scale) * grouped @ k[:, :, None].swapaxes(-1, -2)
+    scores = np.where(mask[:, :, None], scores, np.float32(_MASKED))
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return (weights @ v[:, :, None]).reshape(q.shape).astype(q.dtype)
+
+
+# --- Conversion between the two storage forms
+# -------------------------------------------------------
+
+
+def pack_int4(codes: Array) -> Codes:
+    """Kernel storage of signed 4-bit codes: two to a byte along the last axis, low nibble first."""
+    nibbles = codes.astype(np.uint8) & 15
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+def unpack_int4(packed: Codes) -> NDArray[np.int8]:
+    """The inverse of `pack_int4`: uint8 [..., k / 2] -> int8 [..., k] in -8..7."""
+    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+    return (nibbles.astype(np.int8) ^ 8) - 8
+
+
+# --- Function bodies
+# -------------------------------------------------------------------------------- The text is
+# ONNX's own syntax. `@name` is an attribute of the calling node; ONNX Runtime inlines the body and
+# folds everything that depends on attributes and initializers only.
+
+_HADAMARD = """
+    a = Shape <start = 0, end = 1> (A)
+    b = Shape <start = 0, end = 1> (B)
+    any = Constant <value_ints = [-1]> ()
+    folded_shape = Concat <axis = 0> (any, a, b)
+    x32 = Cast <to = 1> (x)
+    folded = Reshape (x32, folded_shape)
+    rotated_b = MatMul (folded, B)
+    A_transposed = Transpose <perm = [1, 0]> (A)
+    rotated = MatMul (A_transposed, rotated_b)
+    shape = Shape (x)
+    y32 = Reshape (rotated, shape)
+    y = CastLike (y32, x)
+"""
+
+_HADAMARD_HEADS = """
+    a = Shape <start = 0, end = 1> (A)
+    any = Constant <value_ints = [-1]> ()
+    shape = Shape (x)
+    features = Shape <start = -1> (x)
+    rest = Div (features, a)
+    folded_shape = Concat <axis = 0> (any, a, rest)
+    x32 = Cast <to = 1> (x)
+    folded = Reshape (x32, folded_shape)
+    A_transposed = Transpose <perm = [1, 0]> (A)
+    rotated = MatMul (A_transposed, folded)
+    y32 = Reshape (rotated, shape)
+    y = CastLike (y32, x)
+"""
+
+_QUANTIZE_INT4 = """
+    one = Constant <value_float = 1.0> ()
+    two = Constant <value_float = 2.0> ()
+    zero = Constant <value_float = 0.0> ()
+    offset = Constant <value_float = 128.0> ()
+    last = Constant <value_ints = [-1]> ()
+    bits_int = Constant <value_int: int = @bits> ()
+    bits_float = Cast <to = 1> (bits_int)
+    magnitude_bits = Sub (bits_float, one)
+    levels = Pow (two, magnitude_bits)
+    qmax = Sub (levels, one)
+    qmin = Neg (levels)
+    clip = Constant <value_float: float = @clip_ratio> ()
+    ratio = Div (clip, qmax)
+    x32 = Cast <to = 1> (x)
+    magnitude = Abs (x32)
+    amax = ReduceMax <keepdims = 1> (magnitude, last)
+    is_zero = Equal (amax, zero)
+    clipped_scale = Mul (amax, ratio)
+    scale = Where (is_zero, one, clipped_scale)
+    scaled = Div (x32, scale)
+    rounded = Round (scaled)
+    code = Clip (rounded, qmin, qmax)
+    shifted = Add (code, offset)
+    q = Cast <to = 2> (shifted)
+"""
+
+# uint8 by int8 is the fast exact form of ONNX Runtime's CPU kernels. Where the two summands of
+# their 16-bit multiply-add could saturate (above 6 bits), the codes go through in two halves:
+# Int8Gemm.
+_INT4_GEMM = """
+    w8 = Cast <to = 3> (w)
+    zero_point = Constant <value = uint8 {128}> ()
+    accumulator = MatMulInteger (q, w8, zero_point)
+    accumulator32 = Cast <to = 1> (accumulator)
+    by_token = Mul (accumulator32, scale)
+    y32 = Mul (by_token, w_scale)
+    y = Cast <to: int = @dtype> (y32)
+"""
+
+_INT8_GEMM = """
+    w8 = Cast <to = 3> (w)
+    low_mask = Constant <value = uint8 {15}> ()
+    four = Constant <value = uint8 {4}> ()
+    sixteen = Constant <value = int32 {16}> ()
+    high_zero_point = Constant <value = uint8 {8}> ()
+    low = BitwiseAnd (q, low_mask)
+    high = BitShift <direction = "RIGHT"> (q, four)
+    low_sum = MatMulInteger (low, w8)
+    high_sum = MatMulInteger (high, w8, high_zero_point)
+    high_weighted = Mul (high_sum, sixteen)
+    accumulator = Add (high_weighted, low_sum)
+    accumulator32 = Cast <to = 1> (accumulator)
+    by_token = Mul (accumulator32, scale)
+    y32 = Mul (by_token, w_scale)
+    y = Cast <to: int = @dtype> (y32)
+"""
+
+_WEIGHT_ONLY_GEMM = """
+    w32 = Cast <to = 1> (w)
+    x32 = Cast <to = 1> (x)
+    product = MatMul (x32, w32)
+    y32 = Mul (product, w_scale)
+    y = CastLike (y32, x)
+"""
+
+_QUANTIZE_KV = """
+    one = Constant <value_float = 1.0> ()
+    two = Constant <value_float = 2.0> ()
+    zero_float = Constant <value_float = 0.0> ()
+    last = Constant <value_ints = [-1]> ()
+    bits_int = Constant <value_int: int = @bits> ()
+    bits_float = Cast <to = 1> (bits_int)
+    levels = Pow (two, bits_float)
+    qmax = Sub (levels, one)
+    clip = Constant <value_float: float = @clip_ratio> ()
+    ratio = Div (clip, qmax)
+    x32 = Cast <to = 1> (new)
+    minimum = ReduceMin <keepdims = 1> (x32, last)
+    maximum = ReduceMax <keepdims = 1> (x32, last)
+    low_end = Min (minimum, zero_float)
+    high_end = Max (maximum, zero_float)
+    span = Sub (high_end, low_end)
+    is_zero = Equal (span, zero_float)
+    clipped_scale = Mul (span, ratio)
+    scale = Where (is_zero, one, clipped_scale)
+    depth = Neg (low_end)
+    clipped_depth = Mul (depth, clip)
+    zero_ratio = Div (clipped_depth, scale)
+    zero = Round (zero_ratio)
+    scaled = Div (x32, scale)
+    rounded = Round (scaled)
+    shifted = Add (rounded, zero)
+    code = Clip (shifted, zero_float, qmax)
+"""
+
+_PACK_KV = """
+    pair = Constant <value_ints = [-1, 2]> ()
+    leading = Shape <end = 3> (code)
+    paired_shape = Concat <axis = 0> (leading, pair)
+    paired = Reshape (code, paired_shape)
+    nibble_weight = Constant <value_floats = [1.0, 16.0]> ()
+    weighted = Mul (paired, nibble_weight)
+    byte = ReduceSum <keepdims = 0> (weighted, last)
+    stored = Cast <to = 2> (byte)
+"""
+
+_STORE_KV = """
+    stored = Cast <to = 2> (code)
+"""
+
+_APPEND = """
+    present = Concat <axis = 2> (past, stored)
+    present_scale = Concat <axis = 2> (past_scale, scale)
+    present_zero = Concat <axis = 2> (past_zero, zero)
+"""
+
+_FAKE_QUANTIZE = """
+    centred = Sub (code, zero)
+    value = Mul (centred, scale)
+    y = CastLike (value, new)
+"""
+
+# A packed byte holds an even channel (low nibble) and the odd one after it. Instead of interleaving
+# the whole cache, the few queries are put in the order "evens, then odds" and the few outputs back
+# from it.
+_UNPACK_CACHE = """
+    low_mask = Constant <value = uint8 {15}> ()
+    four = Constant <value = uint8 {4}> ()
+    key_even = BitwiseAnd (key, low_mask)
+    key_odd = BitShift <direction = "RIGHT"> (key, four)
+    key_code = Concat <axis = -1> (key_even, key_odd)
+    value_even = BitwiseAnd (value, low_mask)
+    value_odd = BitShift <direction = "RIGHT"> (value, four)
+    value_code = Concat <axis = -1> (value_even, value_odd)
+    half = Shape <start = -1> (key)
+    two = Constant <value_ints = [2]> ()
+    query_pairs_shape = Concat <axis = 0> (grouped_leading, half, two)
+    query_pairs = Reshape (grouped, query_pairs_shape)
+    query_halves = Transpose <perm = [0, 1, 2, 4, 3]> (query_pairs)
+    query = Reshape (query_halves, grouped_shape)
+"""
+
+_CACHE_AS_IT_IS = """
+    key_code = Identity (key)
+    value_code = Identity (value)
+    query = Identity (grouped)
+"""
+
+_RESTORE_CHANNELS = """
+    output_leading = Shape <end = 3> (centred_output)
+    output_halves_shape = Concat <axis = 0> (output_leading, two, half)
+    output_halves = Reshape (centred_output, output_halves_shape)
+    output = Transpose <perm = [0, 1, 2, 4, 3]> (output_halves)
+"""
+
+_CHANNELS_AS_THEY_ARE = """
+    output = Identity (centred_output)
+"""
+
+
+def _attention_body(unpack: str, restore: str) -> str:
+    """Attention over codes: zero points and scales act on the small score matrix, not on the cache.
+
+    ``q · ((code - zero) * scale) = (q · code - zero * sum(q)) * scale``, and likewise for V.
+    """
+    return f"""
+    last = Constant <value_ints = [-1]> ()
+    one_axis = Constant <value_ints = [1]> ()
+    softmax_scale = Constant <value_float: float = @scale> ()
+    masked_score = Constant <value_float = {_MASKED}> ()
+    q32 = Cast <to = 1> (q)
+    scaled_query = Mul (q32, softmax_scale)
+    batch = Shape <start = 0, end = 1> (q)
+    length = Shape <start = 2, end = 3> (q)
+    size = Shape <start = 3, end = 4> (q)
+    heads = Shape <start = 1, end = 2> (key)
+    grouped_shape = Concat <axis = 0> (batch, heads, last, size)
+    grouped_leading = Concat <axis = 0> (batch, heads, last)
+    grouped = Reshape (scaled_query, grouped_shape)
+    {unpack}
+    key32 = Cast <to = 1> (key_code)
+    key_columns = Transpose <perm = [0, 1, 3, 2]> (key32)
+    dots = MatMul (query, key_columns)
+    query_sum = ReduceSum <keepdims = 1> (grouped, last)
+    key_zero_row = Transpose <perm = [0, 1, 3, 2]> (key_zero)
+    key_scale_row = Transpose <perm = [0, 1, 3, 2]> (key_scale)
+    zero_share = Mul (query_sum, key_zero_row)
+    centred = Sub (dots, zero_share)
+    scores = Mul (centred, key_scale_row)
+    total = Shape <start = 3, end = 4> (scores)
+    score_shape = Concat <axis = 0> (batch, heads, last, length, total)
+    scores_by_query = Reshape (scores, score_shape)
+    visible = Unsqueeze (mask, one_axis)
+    masked = Where (visible, scores_by_query, masked_score)
+    weights_by_query = Softmax <axis = -1> (masked)
+    folded_shape = Shape (scores)
+    weights = Reshape (weights_by_query, folded_shape)
+    value_scale_row = Transpose <perm = [0, 1, 3, 2]> (value_scale)
+    value_zero_row = Transpose <perm = [0, 1, 3, 2]> (value_zero)
+    scaled_weights = Mul (weights, value_scale_row)
+    value32 = Cast <to = 1> (value_code)
+    coded_output = MatMul (scaled_weights, value32)
+    zero_weights = Mul (scaled_weights, value_zero_row)
+    output_shift = ReduceSum <keepdims = 1> (zero_weights, last)
+    centred_output = Sub (coded_output, output_shift)
+    {restore}
+    shape = Shape (q)
+    y32 = Reshape (output, shape)
+    y = CastLike (y32, q)
+    """
+
+
+# --- The operators
+# ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator: its interface, its ONNX function body and its NumPy reference.
+
+    Attributes:
+        name: op_type in the domain ``quarot``; the TensorRT plugin has the same name.
+        inputs: names in order; all are required.
+        outputs: names in order.
+        attributes: name -> type, each required on every node.
+        body: the statements of the ONNX function.
+        reference: the NumPy function that defines the meaning.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, type]
+    body: str
+    reference: Callable[..., Any]
+
+
+_CACHE_INPUTS = ("new", "past", "past_scale", "past_zero")
+_CACHE_OUTPUTS = ("present", "present_scale", "present_zero")
+_KV_ATTRIBUTES: Mapping[str, type] = {"bits": int, "clip_ratio": float}
+_ATTENTION_INPUTS = (
+    "q",
+    "key",
+    "key_scale",
+    "key_zero",
+    "value",
+    "value_scale",
+    "value_zero",
+    "mask",
+)
+_GEMM_INPUTS = ("q", "scale", "w", "w_scale")
+
+OPERATORS: Mapping[str, Operator] = {
+    operator.name: operator
+    for operator in (
+        Operator("Hadamard", ("x", "A", "B"), ("y",), {"factors": list}, _HADAMARD, hadamard),
+        Operator(
+            "HadamardHeads", ("x", "A"), ("y",), {"factors": list}, _HADAMARD_HEADS, hadamard_heads
+        ),
+        Operator(
+            "QuantizeInt4",
+            ("x",),
+            ("q", "scale"),
+            {"bits": int, "clip_ratio": float},
+            _QUANTIZE_INT4,
+            quantize_int4,
+        ),
+        Operator("Int4Gemm", _GEMM_INPUTS, ("y",), {"dtype": int}, _INT4_GEMM, int4_gemm),
+        Operator("Int8Gemm", _GEMM_INPUTS, ("y",), {"dtype": int}, _INT8_GEMM, int4_gemm),
+        Operator(
+            "WeightOnlyGemm",
+            ("x", "w", "w_scale"),
+            ("y",),
+            {},
+            _WEIGHT_ONLY_GEMM,
+            lambda x, w, w_scale: ((x @ w.astype(np.float32)) * w_scale).astype(x.dtype),
+        ),
+        Operator(
+            "KvAppend",
+            _CACHE_INPUTS,
+            _CACHE_OUTPUTS,
+            _KV_ATTRIBUTES,
+            _QUANTIZE_KV + _PACK_KV + _APPEND,
+            kv_append,
+        ),
+        Operator(
+            "KvAppendInt8",
+            _CACHE_INPUTS,
+            _CACHE_OUTPUTS,
+            _KV_ATTRIBUTES,
+            _QUANTIZE_KV + _STORE_KV + _APPEND,
+            kv_append,
+        ),
+        Operator(
+            "KvFakeQuantize",
+            ("new",),
+            ("y",),
+            _KV_ATTRIBUTES,
+            _QUANTIZE_KV + _FAKE_QUANTIZE,
+            kv_fake_quantize,
+        ),
+        Operator(
+            "KvAttention",
+            _ATTENTION_INPUTS,
+            ("y",),
+            {"scale": float},
+            _attention_body(_UNPACK_CACHE, _RESTORE_CHANNELS),
+            kv_attention,
+        ),
+        Operator(
+            "KvAttentionInt8",
+            _ATTENTION_INPUTS,
+            ("y",),
+            {"scale": float},
+            _attention_body(_CACHE_AS_IT_IS, _CHANNELS_AS_THEY_ARE),
+            kv_attention,
+        ),
+    )
+}
+
+# TensorRT 10.15 and later inline a function unless the node names the plugin's namespace and
+# version.
+_PLUGIN_ATTRIBUTES: Mapping[str, str] = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
+
+
+@cache
+def _function_proto(name: str) -> bytes:
+    import onnx.parser  # noqa: PLC0415  # 260 ms that only a writer of graphs pays
+
+    operator = OPERATORS[name]
+    attributes = ", ".join([*operator.attributes, *_PLUGIN_ATTRIBUTES])
+    text = f"""
+    <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
+    {operator.name} <{attributes}> ({", ".join(operator.inputs)}) => ({", ".join(operator.outputs)})
+    {{ {operator.body} }}
+    """
+    return onnx.parser.parse_function(text).SerializeToString()
+
+
+def function(name: str) -> ir.Function:
+    """A fresh ONNX local function for the operator `name`."""
+    import onnx  # noqa: PLC0415
+
+    return ir.serde.deserialize_function(onnx.FunctionProto.FromString(_function_proto(name)))
+
+
+def node(name: str, inputs: list[ir.Value], attributes: Mapping[str, Any], *, at: str) -> ir.Node:
+    """A node of the operator `name`, with names derived from `at` (``/model/layers.0/...``).
+
+    Raises:
+        ValueError: the attributes are not exactly those of the operator.
+    """
+    operator = OPERATORS[name]
+    if set(attributes) != set(operator.attributes) or len(inputs) != len(operator.inputs):
+        raise ValueError(f"{at}: {name} takes {operator.inputs} and {list(operator.attributes)}")
+    created = ir.node(
+        name,
+        inputs,
+        {**attributes, **_PLUGIN_ATTRIBUTES},
+        domain=DOMAIN,
+        num_outputs=len(operator.outputs),
+        name=at,
+    )
+    for output, suffix in zip(created.outputs, operator.outputs, strict=True):
+        output.name = f"{at}_{suffix}"
+    return created
+
+
+def declare(model: ir.Model) -> None:
+    """Give `model` exactly the functions that its ``quarot`` nodes use, and the domain."""
+    used = {n.op_type for n in model.graph if n.domain == DOMAIN}
+    for identifier in [i for i in model.functions if i[0] == DOMAIN and i[1] not in used]:
+        model.functions.pop(identifier)
+    for name in sorted(used):
+        added = function(name)
+        model.functions.setdefault(added.identifier(), added)
+    if used:
+        model.graph.opset_imports[DOMAIN] = VERSION

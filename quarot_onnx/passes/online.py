@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How passes put an online Hadamard in front of an input of a node."""
+
+import numpy as np
+import onnx_ir as ir
+
+from quarot_onnx import ops
+from quarot_onnx.hadamard import Plan
+
+
+def describe(plan: Plan) -> str:
+    """The factors, and the block size where it is not the whole dimension."""
+    text = f"hadamard {' x '.join(str(factor) for factor in plan.factors)}"
+    return text if plan.kind == "full" else f"{text} in blocks of {plan.block_size}"
+
+
+def insert_hadamard(model: ir.Model, node: ir.Node, position: int, plan: Plan, name: str) -> None:
+    """Rotate input `position` of `node` by `plan` along its last axis."""
+    a, b = plan.matrices()
+    matrices = [
+        _shared(model, f"quarot.hadamard.{_order(plan)}.{side}", matrix)
+        for side, matrix in (("A", a), ("B", b))
+    ]
+    _insert(model, node, position, "Hadamard", matrices, plan, name)
+
+
+def insert_hadamard_heads(
+    model: ir.Model, node: ir.Node, position: int, plan: Plan, name: str
+) -> None:
+    """Rotate input `position` of `node` by `plan` across the heads of its last axis."""
+    matrix = _shared(model, f"quarot.hadamard.{_order(plan)}.heads", plan.matrix())
+    _insert(model, node, position, "HadamardHeads", [matrix], plan, name)
+
+
+def _order(plan: Plan) -> str:
+    return "x".join(str(factor) for factor in plan.factors)
+
+
+def _insert(
+    model: ir.Model,
+    node: ir.Node,
+    position: int,
+    operator: str,
+    matrices: list[ir.Value],
+    plan: Plan,
+    name: str,
+) -> None:
+    x = node.inputs[position]
+    assert x is not None
+    online = ops.node(operator, [x, *matrices], {"factors": list(plan.factors)}, at=name)
+    online.outputs[0].type, online.outputs[0].shape = x.type, x.shape
+    model.graph.insert_before(node, online)
+    node.replace_input_with(position, online.outputs[0])
+    ops.declare(model)
+
+
+def _shared(
+    model: ir.Model, name: str, matrix: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+) -> ir.Value:
+    """The float32 initializer `name`, one for all sites."""
+    if name not in model.graph.initializers:
+        tensor = ir.tensor(matrix.astype(np.float32), name=name)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(matrix.shape))
+        value.const_value = tensor
+        model.graph.initializers[name] = value
+    return model.graph.initializers[name]

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages in order; read this file first.
+
+    Hugging Face directory --export--> float ONNX --passes--> rotated, quantized ONNX --save-->
+    artifact
+
+Weights stay on disk until the last step, which computes each one as it is written.
+"""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+
+from quarot_onnx import artifacts
+from quarot_onnx.decoder import Decoder
+from quarot_onnx.export.checkpoint import Checkpoint
+from quarot_onnx.export.huggingface import COMPANIONS, onnx_from_huggingface
+from quarot_onnx.passes import Report, pipeline, untie_embeddings
+from quarot_onnx.recipe import Recipe
+
+DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+"""What ``--dtype`` may be."""
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A model after its passes, with lazy weights.
+
+    Attributes:
+        model: valid ONNX, not yet written.
+        decoder: handles into it.
+        reports: what each pass did, in order.
+    """
+
+    model: ir.Model
+    decoder: Decoder
+    reports: tuple[Report, ...]
+
+
+def rewrite(checkpoint: Checkpoint, recipe: Recipe, dtype: str) -> Rewritten:
+    """Trace the model and apply the recipe's passes; no weight is read except the norms' scales.
+
+    Raises:
+        InputError: damaged weights.
+        UnsupportedModelError: an architecture or a dimension that a pass refuses.
+    """
+    model = onnx_from_huggingface(checkpoint, DTYPES[dtype])
+    reports = [untie_embeddings(model)]
+    decoder = Decoder.locate(model)
+    reports += [apply() for apply in pipeline(recipe, decoder)]
+    common_passes.RemoveUnusedNodesPass()(model)
+    _sort_initializers(model)
+    model.metadata_props["quarot.recipe"] = recipe.name
+    model.metadata_props["quarot.seed"] = str(recipe.seed)
+    return Rewritten(model, decoder, tuple(reports))
+
+
+def _sort_initializers(model: ir.Model) -> None:
+    """In order of first use: the file is read front to back, and scales follow codes."""
+    initializers = dict(model.graph.initializers)
+    ordered: dict[str, None] = {
+        v.name or "": None
+        for node in model.graph
+        for v in node.inputs
+        if v is not None and v.is_initializer()
+    }
+    model.graph.initializers.clear()
+    for name in [*ordered, *(n for n in initializers if n not in ordered)]:
+        model.graph.initializers[name] = initializers[name]
+
+
+def export(
+    model_dir: Path,
+    out_dir: Path,
+    recipe: Recipe,
+    *,
+    dtype: str = "float32",
+    force: bool = False,
+    progress: artifacts.Progress | None = None,
+) -> dict[str, Any]:
+    """Export the Hugging Face model in `model_dir` to an artifact in `out_dir`.
+
+    Args:
+        model_dir: a local Hugging Face directory with safetensors weights.
+        out_dir: created; it must not exist or be empty, unless `force` and an artifact.
+        recipe: rotations and bits.
+        dtype: a key of `DTYPES`, for the float parts.
+        force: replace an existing artifact.
+        progress: called while weights are written.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        QuarotError: any of its children; nothing is left in `out_dir`.
+    """
+    with artifacts.publish(out_dir, force=force) as staging:
+        checkpoint = Checkpoint(model_dir)
+        rewritten = rewrite(checkpoint, recipe, dtype)
+        artifacts.require_space(out_dir, stored_bytes(rewritten.model))
+        artifacts.save_model(rewritten.model, staging, progress)
+        for name in COMPANIONS:
+            if (model_dir / name).is_file():
+                shutil.copyfile(model_dir / name, staging / name)
+        artifacts.save_manifest(
+            staging,
+            {
+                "source": {
+                    "model_type": checkpoint.config["model_type"],
+                    "files": {path.name: artifacts.sha256(path) for path in checkpoint.files},
+                },
+                "recipe": recipe.model_dump(),
+                "dtype": dtype,
+                "passes": [_report(report) for report in rewritten.reports],
+            },
+        )
+        return artifacts.load_manifest(staging)
+
+
+def stored_bytes(model: ir.Model) -> int:
+    """The size of the weights as they will be stored."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _report(report: Report) -> dict[str, Any]:
+    return {**asdict(report), "effect": report.effect.value}

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: which rotations, which bits; frozen, and an unknown key is an error.
+
+A recipe is a TOML file. Presets ship in ``quarot_onnx/recipes/``; ``--set KEY=VALUE`` changes one
+value. The resolved recipe is saved with every artifact.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from quarot_onnx.errors import UsageError
+
+_PRESETS = Path(__file__).parent / "recipes"
+_SIZE_LIMIT = 1_000_000
+
+Bits = Literal[4, 6, 8, 16]
+"""Bits of a code; 16 leaves the tensor in the float dtype of the export."""
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Rotations(_Spec):
+    """Which rotations are applied; names as in the field (docs/design.md)."""
+
+    fold_norm_scale: bool = True
+    r1: Literal["none", "hadamard", "randomized_hadamard", "random_orthogonal"] = (
+        "randomized_hadamard"
+    )
+    r2: bool = True
+    heads: bool = True
+    r3: bool = True
+    r4: bool = True
+
+
+class Weights(_Spec):
+    """Weight quantization: symmetric, per output channel, round to nearest."""
+
+    bits: Bits = 4
+    clip_search: bool = True
+
+
+class Activations(_Spec):
+    """Activation quantization: symmetric, dynamic, per token."""
+
+    bits: Bits = 4
+    clip_ratio: float = Field(default=0.9, gt=0, le=1)
+
+
+class KvCache(_Spec):
+    """Cache quantization: asymmetric, per token and head."""
+
+    bits: Bits = 4
+    clip_ratio: float = Field(default=0.95, gt=0, le=1)
+    io: Literal["packed", "float"] = "packed"
+
+
+class Recipe(_Spec):
+    """Everything that decides what an export computes, apart from the model and the float dtype."""
+
+    name: str = "custom"
+    description: str = ""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    rotations: Rotations = Rotations()
+    weights: Weights = Weights()
+    activations: Activations = Activations()
+    kv_cache: KvCache = KvCache()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        if self.activations.bits < 16 and self.weights.bits == 16:
+            raise ValueError(
+                f"activations.bits = {self.activations.bits} with float weights; "
+                "integer products need weights.bits below 16"
+            )
+        if self.rotations.r1 != "none" and not self.rotations.fold_norm_scale:
+            raise ValueError("rotations.r1 needs rotations.fold_norm_scale = true")
+        return self
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether anything is quantized."""
+        return min(self.weights.bits, self.activations.bits, self.kv_cache.bits) < 16
+
+
+def preset_names() -> list[str]:
+    """The recipes that ship with the package."""
+    return sorted(path.stem for path in _PRESETS.glob("*.toml"))
+
+
+def preset_text(name: str) -> str:
+    """The TOML of a preset, or of the file `name`."""
+    path = _PRESETS / f"{name}.toml"
+    return (path if path.exists() else Path(name)).read_text(encoding="utf-8")
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe `name` (a preset or the path of a TOML file) with ``KEY=VALUE`` overrides.
+
+    Raises:
+        UsageError: no such recipe, not TOML, an unknown key, or a value out of range; names the
+        key.
+    """
+    path = _PRESETS / f"{name}.toml"
+    if not path.exists():
+        path = Path(name)
+        if path.suffix != ".toml":
+            close = difflib.get_close_matches(name, preset_names(), n=1)
+            hint = (
+                f"did you mean {close[0]!r}"
+                if close
+                else f"presets are {', '.join(preset_names())}"
+            )
+            raise UsageError(f"recipe {name!r}: no such preset and not a .toml file; {hint}")
+    content = _read(path)
+    for override in overrides:
+        _override(content, override)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(f"recipe {name}: {_explain(error)}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _SIZE_LIMIT:
+            raise UsageError(f"{path}: larger than {_SIZE_LIMIT} bytes; this is not a recipe")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be read ({error.strerror}); give a preset or a file"
+        ) from error
+    except (UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path}: not TOML ({error}); see `quarot-onnx recipes`") from error
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise UsageError(f"--set {override}: not KEY=VALUE; for example kv_cache.io=float")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        value = text.strip()
+    *tables, last = key.strip().split(".")
+    table = content
+    for name in tables:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"--set {override}: {name} is a value and has no keys")
+    table[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "recipe"
+    if first["type"] == "extra_forbidden":
+        known = _known_keys()
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}" if close else f"known keys are {', '.join(known)}"
+        return f"unknown key {key}; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if first["type"] == "value_error" else f" = {first['input']!r}"
+    return f"{key}{given}: {message[:1].lower()}{message[1:]}"
+
+
+def _known_keys() -> list[str]:
+    keys: list[str] = []
+    for name, info in Recipe.model_fields.items():
+        nested = info.annotation
+        if isinstance(nested, type) and issubclass(nested, _Spec):
+            keys += [f"{name}.{inner}" for inner in nested.model_fields]
+        else:
+            keys.append(name)
+    return keys

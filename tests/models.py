@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small Hugging Face models with random weights, one per supported shape of architecture."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"config": transformers.LlamaConfig},
+    "llama-tied": {"config": transformers.LlamaConfig, "tie_word_embeddings": True},
+    "mistral-sliding": {"config": transformers.MistralConfig, "sliding_window": 6},
+    "qwen2-biases": {
+        "config": transformers.Qwen2Config,
+        "use_sliding_window": True,
+        "max_window_layers": 1,
+        "sliding_window": 6,
+    },
+    "qwen3-head-dim": {"config": transformers.Qwen3Config, "head_dim": 32},
+}
+"""Name -> configuration class and what differs from the common small shape."""
+
+COMMON = {
+    "hidden_size": 96,  # 12 * 8: not a power of two
+    "intermediate_size": 176,  # 44 * 4
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+
+
+def build(family: str, *, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
+    """A model of `family` whose norm scales, biases and weights are all far from their defaults."""
+    options = {**COMMON, **FAMILIES[family], **overrides}
+    config = options.pop("config")(**options)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            else:
+                parameter.mul_(2.0)
+    return model
+
+
+def save(model: transformers.PreTrainedModel, directory: Path, **options: Any) -> Path:
+    """The directory, holding `model` as Hugging Face saves it."""
+    model.save_pretrained(directory, **options)
+    return directory
