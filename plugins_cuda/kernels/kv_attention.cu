@@ -415,7 +415,7 @@ __global__ void __launch_bounds__(kWarps * 32) kv_decode_kernel(const AttentionP
 constexpr int kPrefillStages = 2, kPrefillTiles = 4;  // 64 tokens to a stage
 
 template <int kHeadDim>
-constexpr int prefill_column_tiles() {
+QR_HOST_DEVICE constexpr int prefill_column_tiles() {
   return kHeadDim == 256 ? 1 : 2;  // of a warp: 64 accumulators a lane in each case
 }
 
