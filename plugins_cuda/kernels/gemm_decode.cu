@@ -21,8 +21,9 @@ constexpr int kDecodeTokens = 16;               // two 8-token mma tiles at most
 constexpr int kDecodeDepth = 8;                 // weight loads in flight per thread: 4 KB per warp
 constexpr int kDecodeMinBlocks = kDecodeDepth;  // k blocks of 64 in the shortest useful slice
 constexpr int kDecodeMaxBlocks = 32;            // and in the longest: 32 KB of staged tokens
-constexpr int kDecodeCtasPerSm =
-    8;  // resident: 64 registers a thread; 8 * 4 warps * 4 KB in flight
+// CTAs resident on a multiprocessor: what the shared memory of 1 or 2 token tiles allows. 64 or 80
+// registers a thread; 8 * 4 or 6 * 4 warps, each with 4 KB of weights in flight.
+__host__ __device__ constexpr int decode_ctas(int tiles8) { return tiles8 == 1 ? 8 : 6; }
 
 // Words between the tokens of the totals in shared memory: 64 features and 4 more, so that the four
 // token pairs of a warp's accumulators start 8 banks apart.
@@ -40,7 +41,7 @@ struct StagedTokens {
 // kTiles8: 8-token tiles (1: m <= 8, 2: m <= 16).
 // kSplit: the tokens come in split order (s8 only); else packed.
 template <bool kNative, int kTiles8, bool kSplit>
-__global__ void __launch_bounds__(kDecodeThreads, kDecodeCtasPerSm) gemm_decode_kernel(
+__global__ void __launch_bounds__(kDecodeThreads, decode_ctas(kTiles8)) gemm_decode_kernel(
     const GemmArgs p) {
 #if QR_HAS_S4_MMA
   constexpr bool kHere = true;
@@ -204,7 +205,7 @@ GemmPlan plan_decode(const DeviceLimits& device, int m, int n, int k, int reques
   const int blocks_n = fragment_blocks_n(n), blocks_k = k / kFragmentColumns;
   const int wanted = requested_splits > 0
                          ? requested_splits
-                         : ceil_div(device.multiprocessors * kDecodeCtasPerSm, blocks_n);
+                         : ceil_div(device.multiprocessors * decode_ctas(m <= 8 ? 1 : 2), blocks_n);
   const int shortest = requested_splits > 0 ? 1 : kDecodeMinBlocks;
   int per_split = ceil_div(blocks_k, wanted);
   per_split = per_split < shortest           ? shortest

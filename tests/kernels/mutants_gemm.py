@@ -229,8 +229,8 @@ MUTANTS = (
     Mutant(
         "sm90: consumers do not wait for the copies",
         SM90,
-        "mbarrier_wait(&full[at.slot], at.parity);",
-        "",
+        "        mbarrier_wait(&full[at.slot], at.parity);\n        unpack",
+        "        unpack",
         PREFILL_WGMMA,
     ),
     Mutant(
@@ -243,10 +243,8 @@ MUTANTS = (
     Mutant(
         "sm90: a slot is released while wgmma still reads it",
         SM90,
-        "if (i > 0 && lane() == 0) mbarrier_arrive(&empty[previous_slot]);\n"
-        "      previous_slot = at.slot;",
-        "if (lane() == 0 && i + 1 < item.steps) mbarrier_arrive(&empty[at.slot]);\n"
-        "      previous_slot = at.slot;",
+        "if (i > 0 && lane() == 0) mbarrier_arrive(&empty[previous_slot]);",
+        "if (i + 1 < item.steps && lane() == 0) mbarrier_arrive(&empty[at.slot]);",
         "longest_sum and wgmma",
     ),
     Mutant(
@@ -274,23 +272,37 @@ MUTANTS = (
     Mutant(
         "sm90: the barrier is promised fewer bytes than are copied",
         SM90,
-        "kWeightSlotBytes + token_bytes);",
-        "kWeightSlotBytes);",
+        "S::kWeightBytes + token_bytes);",
+        "S::kWeightBytes);",
         PREFILL_WGMMA,
     ),
     Mutant(
         "sm90: the descriptor moves half a step along k",
         SM90,
-        "tokens + 2 * s)",
-        "tokens + s)",
+        "tokens + 4 * half + 2 * parity",
+        "tokens + 2 * half + parity",
         PREFILL_WGMMA,
     ),
     Mutant(
-        "sm90: operands of the two k blocks swapped",
+        "sm90: even and odd codes swapped",
         SM90,
-        "operands[block * 8 + r] =",
-        "operands[(1 - block) * 8 + r] =",
+        "operands[b][r] = even_codes_x16(words[r]);",
+        "operands[b][r] = odd_codes_x16(words[r]);",
         PREFILL_WGMMA,
+    ),
+    Mutant(
+        "sm90: both blocks of rows use the first one's weights",
+        SM90,
+        "operands[b] + 4 * parity",
+        "operands[0] + 4 * parity",
+        PREFILL_WGMMA,
+    ),
+    Mutant(
+        "sm90: the two blocks of rows share their arrival counter",
+        SM90,
+        "p.counters + part, p.splits",
+        "p.counters + part / 2, p.splits",
+        "how_k_is_split and wgmma",
     ),
     Mutant(
         "sm90: seven warps free a slot that eight read",

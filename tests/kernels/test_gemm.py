@@ -86,6 +86,7 @@ PREFILL_SIZES: Final = [
     (40, 136, 320),
     (70, 200, 128),
     (129, 72, 448),
+    (250, 248, 320),
     (300, 264, 256),
 ]
 SMALL_SIZES: Final = [
@@ -290,9 +291,10 @@ def test_the_longest_sum_of_the_largest_codes_does_not_overflow(run, where, code
 
 
 @pytest.mark.parametrize("split_k", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("tokens", [14, 250])
 @pytest.mark.parametrize("where", [*PREFILL, *SMALL], ids=str)
-def test_the_result_does_not_depend_on_how_k_is_split(run, where, split_k):
-    problem = Problem(14, 136, 1088, seed=6)
+def test_the_result_does_not_depend_on_how_k_is_split(run, where, tokens, split_k):
+    problem = Problem(min(tokens, 16) if where.kernel == DECODE else tokens, 248, 1088, seed=6)
     status, y = run(problem, where, FP16, bias=True, split_k=split_k, repeat=2)
     assert status == OK
     assert_same_bits(y, problem.outputs(FP16, bias=True, asymmetric=False))

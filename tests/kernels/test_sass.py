@@ -180,25 +180,29 @@ def test_the_256_token_tile_unpacks_few_words_per_mma(kernels_of):
     assert kernel.count(r"LOP3\.LUT \w+, \S+ 0xf0f0f0f0") <= 2 * 2 * 32 + 8
 
 
-@pytest.mark.parametrize("tokens", [16, 32, 64, 128, 256])
-def test_hopper_issues_wgmma_back_to_back(kernels_of, tokens):
-    (kernel,) = (k for k in kernels_of("gemm_sm90", "90a") if f"ShapeILi{tokens}E" in k.name)
+@pytest.mark.parametrize(("blocks", "tokens"), [(1, 16), (1, 32), (1, 64), (1, 128), (2, 128)])
+def test_hopper_issues_wgmma_back_to_back(kernels_of, blocks, tokens):
+    shape = f"ShapeILi{blocks}ELi{tokens}E"
+    (kernel,) = (k for k in kernels_of("gemm_sm90", "90a") if shape in k.name)
     wgmma = rf"IGMMA\.64x{tokens}x32\.S8\.S8"
-    assert kernel.count("IGMMA") == kernel.count(wgmma) == 8, "4 of a step, the loop unrolled twice"
-    # One wait a step and one at the end: a serialized wgmma would be followed by its own.
+    assert kernel.count("IGMMA") == kernel.count(wgmma) == 4 * blocks, "one step, 32 of k each"
+    # One wait for each 64 of k, and one at the end: a serialized wgmma would have its own.
     assert kernel.count(r"WARPGROUP\.DEPBAR") == 3
     assert kernel.count("USETMAXREG") == 2
-    assert kernel.count("UBLKCP") == 3, "two blocks of weights and the tokens, by the copy engine"
+    assert kernel.count("UBLKCP") == 2 * blocks + 1, "weights and tokens, by the copy engine"
 
 
 def test_hopper_hides_the_unpacking_behind_wgmma(kernels_of):
-    (kernel,) = (k for k in kernels_of("gemm_sm90", "90a") if "ShapeILi256E" in k.name)
+    (kernel,) = (k for k in kernels_of("gemm_sm90", "90a") if "ShapeILi2ELi128E" in k.name)
     where = [i for i, x in enumerate(kernel.instructions) if x.startswith("IGMMA")]
+    masked = [i for i, x in enumerate(kernel.instructions) if "0xf0f0f0f0" in x]
     for first, last in ((0, 3), (4, 7)):
-        between = kernel.instructions[where[first] : where[last]]
-        assert not [x for x in between if "0xf0f0f0f0" in x], "unpacking inside a batch of wgmma"
-    masks = [x for x in kernel.instructions if "0xf0f0f0f0" in x]
-    assert len(masks) == 3 * 16, "16 words of operands: the prologue and two unrolled steps"
+        batch = range(where[first], where[last])
+        assert not set(batch) & set(masked), "unpacking inside a batch of wgmma"
+    # 8 words a thread and 64 of k: in the prologue, and twice in the loop, while wgmma run.
+    assert len(masked) == 3 * 16
+    assert len([i for i in masked if where[3] < i < where[4]]) == 16
+    assert len([i for i in masked if i > where[7]]) == 16
 
 
 @pytest.mark.parametrize("architecture", ["80", "86", "89", "120"])
