@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quarot_onnx.plugins import layouts
+from quarot_onnx.plugins.kernels import GemmArgs
 from quarot_onnx.plugins.layouts import Layout
 
 OK, NULL, MISALIGNED, DTYPE, SHAPE, LAYOUT, WORKSPACE, ARGUMENT, ARCHITECTURE = (
@@ -25,30 +26,6 @@ AUTO, MMA_S4, MMA_S8, WGMMA, DECODE, CUTLASS = range(6)
 FP16, BF16, INT32 = range(3)
 NUMPY: Final = {FP16: np.dtype(np.float16), BF16: np.dtype(ml_dtypes.bfloat16), INT32: np.int32}
 PACKED, SPLIT = Layout.ACTIVATIONS_PACKED_V1, Layout.ACTIVATIONS_SPLIT_V1
-
-
-class GemmArgs(ctypes.Structure):
-    _fields_ = (
-        ("kernel", ctypes.c_int32),
-        ("out_dtype", ctypes.c_int32),
-        ("activation_layout", ctypes.c_int32),
-        ("weight_layout", ctypes.c_int32),
-        ("m", ctypes.c_int64),
-        ("n", ctypes.c_int64),
-        ("k", ctypes.c_int64),
-        ("q", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("zero", ctypes.c_void_p),
-        ("w", ctypes.c_void_p),
-        ("w_scale", ctypes.c_void_p),
-        ("w_sum", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("y_stride", ctypes.c_int64),
-        ("split_k", ctypes.c_int32),
-        ("workspace", ctypes.c_void_p),
-        ("workspace_bytes", ctypes.c_size_t),
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +79,6 @@ SMALL_SIZES: Final = [
 @pytest.fixture
 def run(library):
     """``run(case, kernel, ...)`` -> (status, y): a problem through the C ABI."""
-    size = library.abi.qr_gemm_workspace_size
-    size.restype = ctypes.c_size_t
 
     def call(problem: "Problem", where: Kernel, out: int = INT32, **changes: Any):
         if library.backend == "emulation":
@@ -354,7 +329,6 @@ def arguments(library):
     """Arguments of a small problem that runs, for a test to spoil; every pointer is one buffer."""
     if library.backend == "emulation":
         library.configure(compute_capability=90)
-    library.abi.qr_gemm_workspace_size.restype = ctypes.c_size_t
     buffer = library.put(np.zeros(1 << 16, np.uint8))
     names = ("q", "scale", "zero", "w", "w_scale", "w_sum", "bias", "y", "workspace")
     args = GemmArgs(

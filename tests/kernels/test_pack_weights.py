@@ -78,7 +78,6 @@ def test_cuda_and_numpy_write_the_same_weight_bytes(library, size):
     packed = random_packed(*size)
     fragments = layouts.fragments_from_packed(packed)
     n, k = map(ctypes.c_int64, size)
-    library.abi.qr_weight_bytes.restype = ctypes.c_size_t
     tag = Layout.WEIGHTS_FRAGMENTS_V1
     assert library.abi.qr_weight_bytes(tag, n, k) == fragments.nbytes
     assert library.abi.qr_weight_bytes(Layout.WEIGHTS_PACKED_V1, n, k) == packed.nbytes
@@ -129,7 +128,6 @@ def test_packing_refuses_other_shapes_layouts_and_pointers(
     sizes = ctypes.c_int64(n), ctypes.c_int64(k)
     out = ctypes.c_void_p(buffer.pointer)
     assert library.abi.qr_pack_weight(layout, *sizes, pointer, out, None) == status
-    library.abi.qr_weight_bytes.restype = ctypes.c_size_t
     if status == SHAPE:
         assert library.abi.qr_weight_bytes(layout, *sizes) == 0
 
