@@ -193,8 +193,8 @@ MUTANTS = (
     Mutant(
         "decode: nine tokens are taken for eight",
         DECODE,
-        "m <= 8 ? 1 : 2",
-        "m <= 9 ? 1 : 2",
+        "plan.shape = m <= 8 ? 1 : 2",
+        "plan.shape = m <= 9 ? 1 : 2",
         "decode_sums",
     ),
     Mutant(
@@ -300,8 +300,8 @@ MUTANTS = (
     Mutant(
         "sm90: the two blocks of rows share their arrival counter",
         SM90,
-        "p.counters + part, p.splits",
-        "p.counters + part / 2, p.splits",
+        "p.counters + part,",
+        "p.counters + part / 2,",
         "how_k_is_split and wgmma",
     ),
     Mutant(
