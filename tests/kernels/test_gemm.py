@@ -307,8 +307,10 @@ def test_shared_memory_is_read_and_written_without_bank_conflicts(library, where
     capability=st.sampled_from([80, 86, 89, 90, 100, 120]),
 )
 def test_any_supported_shape_gives_the_formula(
-    *, run, m, n, k, out, flags, split_k, seed, capability
+    *, library, run, m, n, k, out, flags, split_k, seed, capability
 ):
+    if library.backend != "emulation":
+        capability = library.compute_capability
     layout = SPLIT if capability == 90 else PACKED
     problem = Problem(m, n, k, seed=seed)
     where = Kernel(AUTO, capability, layout)
@@ -380,8 +382,8 @@ def arguments(library):
     ids=str,
 )
 def test_refuses_what_the_table_does_not_list(library, arguments, change, status):
-    if library.backend != "emulation" and status == ARCHITECTURE:
-        pytest.skip("a matter of the GPU at hand")
+    if library.backend != "emulation" and ("kernel" in change or status == ARCHITECTURE):
+        pytest.skip("which kernels there are is a matter of the GPU at hand")
     for name, value in change.items():
         setattr(arguments, name, value)
     assert library.abi.qr_gemm(ctypes.byref(arguments), None) == status

@@ -19,26 +19,28 @@ from pathlib import Path
 
 import pytest
 
+from quarot_onnx.errors import MissingDependencyError
+from quarot_onnx.plugins.build import ARCHITECTURES, find_nvcc
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "plugins_cuda"
 S4_ARCHITECTURES = ("80", "86", "89")
-ARCHITECTURES = (*S4_ARCHITECTURES, "90a", "120")
 FILES = ("gemm_mma", "gemm_decode", "gemm_sm90", "pack_weights")
 
 
-def executable(name: str) -> str | None:
-    """The tool on PATH, in CUDA_HOME, or inside an installed wheel that carries it."""
-    candidates = [shutil.which(name)]
+def find_cuobjdump() -> str | None:
+    """On PATH, in CUDA_HOME, or inside an installed wheel that carries it."""
+    candidates = [shutil.which("cuobjdump")]
     toolkits = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates += [str(Path(toolkit) / "bin" / name) for toolkit in toolkits if toolkit]
+    candidates += [str(Path(toolkit) / "bin/cuobjdump") for toolkit in toolkits if toolkit]
     for package, below in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin")):
         spec = importlib.util.find_spec(package)
         locations = (spec.submodule_search_locations or ()) if spec else ()
-        candidates += [str(Path(location) / below / name) for location in locations]
+        candidates += [str(Path(location) / below / "cuobjdump") for location in locations]
     return next((c for c in candidates if c and os.access(c, os.X_OK)), None)
 
 
-NVCC, CUOBJDUMP = executable("nvcc"), executable("cuobjdump")
+CUOBJDUMP = find_cuobjdump()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +57,12 @@ class Kernel:
         return sum(bool(re.match(rf"(@!?U?P\w+ +)?{pattern}", i)) for i in self.instructions)
 
 
-def build(cache: Path, file: str, architecture: str) -> tuple[Path, str]:
+def compiled(nvcc: Path, cache: Path, file: str, architecture: str) -> tuple[Path, str]:
     """The cubin and ptxas's report, compiled unless this version of the sources already was."""
     cubin, report = cache / f"{file}.{architecture}.cubin", cache / f"{file}.{architecture}.log"
     if not report.exists():
         command = [
-            str(NVCC), "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin",
+            str(nvcc), "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin",
             f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
             str(SOURCES / "kernels" / f"{file}.cu"), "-o", str(cubin),
         ]  # fmt: skip
@@ -72,8 +74,10 @@ def build(cache: Path, file: str, architecture: str) -> tuple[Path, str]:
 
 @pytest.fixture(scope="session")
 def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, str]]:
-    if NVCC is None:
-        pytest.skip("no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
+    try:
+        nvcc = find_nvcc()
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
     digest = hashlib.sha256()
     for path in sorted(p for p in SOURCES.rglob("*") if p.suffix in {".cu", ".cuh", ".hpp", ".h"}):
         digest.update(path.read_bytes())
@@ -81,7 +85,7 @@ def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tu
     cache.mkdir(exist_ok=True)
     cases = [(f, a) for f in FILES for a in ARCHITECTURES]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        built = pool.map(lambda case: build(cache, *case), cases)
+        built = pool.map(lambda case: compiled(nvcc, cache, *case), cases)
         return dict(zip(cases, built, strict=True))
 
 
