@@ -65,14 +65,14 @@ __device__ __forceinline__ void slice_weights_of(const TransformParams& p, int64
 // prefetch and without a loop.
 constexpr int butterfly_threads(int source, int log_q, bool large) {
   if (large) return kMaxThreads;
-  if (source == kSourcePartials) return 320;
+  if (source == kSourcePartials) return 256;
   return source == kSourceGate || log_q == 5 ? 384 : 256;
 }
 
 // T: f16 or bf16. kSource: where rows come from. kLogQ: block bits inside a thread at the front
 // (0..5). kLarge: one row per block of threads, which ends with it.
 template <class T, int kSource, int kLogQ, bool kLarge>
-__global__ void __launch_bounds__(butterfly_threads(kSource, kLogQ, kLarge)) butterfly_rows(
+__global__ void __launch_bounds__(butterfly_threads(kSource, kLogQ, kLarge), 1) butterfly_rows(
     const TransformParams p) {
   QR_DYN_SMEM(shared);
   // With two inputs there are no registers for it: several blocks per multiprocessor overlap

@@ -654,6 +654,7 @@ extern "C" QR_EXPORT int qr_kv_attention(const qr_kv_attention_args* a, void* st
     t.statistics = p.statistics;
     t.splits = plan.splits;
     t.head_dim = a->head_dim;
+    t.log_head_dim = a->head_dim == 64 ? 6 : a->head_dim == 128 ? 7 : 8;
     return launch_transform(t, a->dtype, kSourcePartials, s);
   }
 

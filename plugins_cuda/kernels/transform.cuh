@@ -58,7 +58,7 @@ struct TransformParams {
   int64_t rows;
   int n, blocks;                        // blocks = n / 128
   int threads_per_row, rows_per_block;  // threads_per_row divides 32 or is a multiple of it
-  int splits, head_dim;                 // kSourcePartials
+  int splits, head_dim, log_head_dim;   // kSourcePartials
   int dense[kMaxDense], dense_stride[kMaxDense];  // order; distance of neighbours along the factor
   // ---- what to do
   uint32_t butterflies;  // bit i: transform across bit i of the element index
@@ -190,21 +190,26 @@ __device__ __forceinline__ void apply_prologue(const TransformParams& p, int64_t
   } else if constexpr (kSource == kSourcePartials) {
     const bool valid = row < p.rows && thread < 2 * p.blocks;
     const int heads = p.n / p.head_dim;
+    float2 sum[kPairs];
 #pragma unroll
-    for (int w = 0; w < kPairs; w++) {
-      float2 sum = make_float2(0.f, 0.f);
-      const int element = Items::element(thread, w, p.blocks);
-      if (valid) {
-        for (int s = 0; s < p.splits; s++) {
-          const float2 part =
-              *reinterpret_cast<const float2*>(p.partials + (row * p.splits + s) * p.n + element);
-          const float weight = load_shared<float>(slice_weights + s * heads + element / p.head_dim);
-          sum.x = fmaf(weight, part.x, sum.x);
-          sum.y = fmaf(weight, part.y, sum.y);
+    for (int w = 0; w < kPairs; w++) sum[w] = make_float2(0.f, 0.f);
+    if (valid) {
+#pragma unroll 1  // a slice at a time: its 32 loads are in flight together
+      for (int s = 0; s < p.splits; s++) {
+        const float* slice = p.partials + (row * p.splits + s) * p.n;
+#pragma unroll
+        for (int w = 0; w < kPairs; w++) {
+          const int element = Items::element(thread, w, p.blocks);
+          const float2 part = *reinterpret_cast<const float2*>(slice + element);
+          const float weight =
+              load_shared<float>(slice_weights + s * heads + (element >> p.log_head_dim));
+          sum[w].x = fmaf(weight, part.x, sum[w].x);
+          sum[w].y = fmaf(weight, part.y, sum[w].y);
         }
       }
-      words[w] = pack_pair<T>(sum.x, sum.y);
     }
+#pragma unroll
+    for (int w = 0; w < kPairs; w++) words[w] = pack_pair<T>(sum[w].x, sum[w].y);
   } else if (p.prologue == QR_PROLOGUE_RMSNORM) {
     float squares = 0.f;
 #pragma unroll

@@ -31,6 +31,10 @@ def planted(mutant: Mutant, folder: Path) -> Path:
         shutil.copytree(ROOT / "plugins_cuda" / part, source / part)
     shutil.copy2(ROOT / "plugins_cuda" / "Makefile", source)
     shutil.copytree(base.parent, objects / "cpu")
+    for dependencies in (objects / "cpu").glob("*.d"):  # they name the object by its full path
+        dependencies.write_text(
+            dependencies.read_text().replace(str(base.parent), str(objects / "cpu"))
+        )
     for object_file in (objects / "cpu").iterdir():
         os.utime(object_file)
     (objects / "cpu" / base.name).unlink()
