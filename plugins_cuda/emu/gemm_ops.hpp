@@ -20,6 +20,9 @@ inline uint4 load_early_16(const void* p) {
   memcpy(&v, p, 16);
   return v;
 }
+inline void load_early_16_if(uint4& v, const void* p, bool condition) {
+  if (condition) v = load_early_16(p);
+}
 // Blocks run on several operating-system threads, so these are atomic here as well.
 inline int load_l2(const int32_t* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 inline int atomic_add(int32_t* p, int v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }

@@ -66,25 +66,41 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_ctas(kTiles8)) gemm_dec
     for (int d = 0; d < kDecodeDepth; d++)
       if (d < blocks) in_flight[d] = load_early_16(w + size_t(d) * kFragmentBytes);
 
-    // ---- stage the tokens of this slice in operand order; absent tokens are zero
-    for (int i = thread; i < blocks * kTiles8 * 32; i += kDecodeThreads) {
-      const int at = i % 32, token = i / 32 % kTiles8 * 8 + at / 4, word = at % 4;
-      const int block = first + i / (32 * kTiles8);
-      const bool ok = token < p.m;
-      if constexpr (kSplit) {
-        const auto chunk = [&](int c) {
+    // ---- stage the tokens of this slice in operand order; absent tokens are zero. Eight loads a
+    // round are under way together.
+    constexpr int kRound = kSplit ? 2 : 4;
+    const int places = blocks * kTiles8 * 32;
+    for (int base = thread; base < places; base += kRound * kDecodeThreads) {
+      uint4 words[kRound];
+#pragma unroll
+      for (int j = 0; j < kRound; j++) {
+        const int i = base + j * kDecodeThreads;
+        const int at = i % 32, token = i / 32 % kTiles8 * 8 + at / 4, word = at % 4;
+        const int block = first + i / (32 * kTiles8);
+        words[j] = uint4{0, 0, 0, 0};
+        if (i < places && token < p.m) {
           const uint8_t* q = static_cast<const uint8_t*>(p.q);
-          return load_word(q + split_offset(block / 2, token, block % 2 * 4 + c, split_rows(p.m)) +
-                           word * 4);
-        };
-        uint4 v{0, 0, 0, 0};
-        if (ok) v = uint4{chunk(0), chunk(1), chunk(2), chunk(3)};
-        store_shared(staged + i * Staged::kLaneBytes, v);
-      } else {
-        const uint8_t* row =
-            static_cast<const uint8_t*>(p.q) + size_t(token) * (p.k / 2) + block * 32 + word * 4;
-        const uint32_t low = ok ? load_word(row) : 0, high = ok ? load_word(row + 16) : 0;
-        if constexpr (kNative)
+          if constexpr (kSplit) {
+            const auto chunk = [&](int c) {
+              const size_t offset =
+                  split_offset(block / 2, token, block % 2 * 4 + c, split_rows(p.m));
+              return load_word(q + offset + word * 4);
+            };
+            words[j] = uint4{chunk(0), chunk(1), chunk(2), chunk(3)};
+          } else {
+            q += size_t(token) * (p.k / 2) + block * 32 + word * 4;
+            words[j].x = load_word(q), words[j].y = load_word(q + 16);
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kRound; j++) {
+        const int i = base + j * kDecodeThreads;
+        const uint32_t low = words[j].x, high = words[j].y;
+        if (i >= places) continue;
+        if constexpr (kSplit)
+          store_shared(staged + i * Staged::kLaneBytes, words[j]);
+        else if constexpr (kNative)
           store_shared(staged + i * Staged::kLaneBytes, uint2{low, high});
         else
           store_shared(staged + i * Staged::kLaneBytes,
@@ -105,24 +121,31 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_ctas(kTiles8)) gemm_dec
       for (int d = 0; d < kDecodeDepth; d++) {
         const int block = base + d;
         if (block < blocks) {  // the same for all threads
-          const uint32_t words[4] = {in_flight[d].x, in_flight[d].y, in_flight[d].z,
-                                     in_flight[d].w};
-          if (block + kDecodeDepth < blocks)
-            in_flight[d] = load_early_16(w + size_t(block + kDecodeDepth) * kFragmentBytes);
           const unsigned char* tokens =
               staged + block * kTiles8 * Staged::kTileBytes + lane() * Staged::kLaneBytes;
+          // The next load goes into the registers that this block's words leave: it may be issued
+          // only after their last use, or it would need other registers and a copy that waits for
+          // it.
+          const auto refill = [&] {
+            load_early_16_if(in_flight[d], w + size_t(block + kDecodeDepth) * kFragmentBytes,
+                             block + kDecodeDepth < blocks);
+          };
           if constexpr (kNative) {
+            const uint32_t words[4] = {in_flight[d].x, in_flight[d].y, in_flight[d].z,
+                                       in_flight[d].w};
 #pragma unroll
             for (int j = 0; j < kTiles8; j++) {
               const uint2 x = load_shared<uint2>(tokens + j * Staged::kTileBytes);
               const uint32_t b[2] = {x.x, x.y};
               mma_s4(acc[j], words, b);
             }
+            refill();
           } else {
-            uint32_t even[4], odd[4];
-#pragma unroll
-            for (int r = 0; r < 4; r++)
-              even[r] = even_codes_x16(words[r]), odd[r] = odd_codes_x16(words[r]);
+            const uint32_t even[4] = {
+                even_codes_x16(in_flight[d].x), even_codes_x16(in_flight[d].y),
+                even_codes_x16(in_flight[d].z), even_codes_x16(in_flight[d].w)};
+            const uint32_t odd[4] = {odd_codes_x16(in_flight[d].x), odd_codes_x16(in_flight[d].y),
+                                     odd_codes_x16(in_flight[d].z), odd_codes_x16(in_flight[d].w)};
 #pragma unroll
             for (int j = 0; j < kTiles8; j++) {
               const uint4 x = load_shared<uint4>(tokens + j * Staged::kTileBytes);
@@ -130,6 +153,7 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_ctas(kTiles8)) gemm_dec
               mma_s8(acc[j], even, b_even);
               mma_s8(acc[j], odd, b_odd);
             }
+            refill();
           }
         }
       }

@@ -28,6 +28,14 @@ __device__ __forceinline__ uint4 load_early_16(const void* p) {
                : "l"(p));
   return v;
 }
+// The same into registers that hold something already, which stays when `condition` is false.
+__device__ __forceinline__ void load_early_16_if(uint4& v, const void* p, bool condition) {
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.ne.s32 wanted, %5, 0;\n"
+      "@wanted ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(p), "r"(int(condition)));
+}
 // A word that other CTAs have added to: read where atomics happen, in L2.
 __device__ __forceinline__ int load_l2(const int32_t* p) { return __ldcg(p); }
 __device__ __forceinline__ int atomic_add(int32_t* p, int v) { return atomicAdd(p, v); }

@@ -172,6 +172,20 @@ def test_s8_kernels_use_the_native_instruction(kernels_of, file, architecture):
         assert kernel.count("IMMA") == kernel.count(r"IMMA\.16832\.S8\.S8")
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_decode_never_waits_for_the_load_that_it_has_just_issued(kernels_of, architecture):
+    # A refill into other registers than its predecessor's ends in a copy, which waits for it.
+    for kernel in kernels_of("gemm_decode", architecture):
+        mma = [i for i, x in enumerate(kernel.instructions) if x.startswith("IMMA")]
+        if not mma:
+            continue
+        loop = kernel.instructions[mma[0] : mma[-1]]
+        assert not [x for x in loop if re.match(r"(@!?P\w+ +)?(IMAD\.)?MOV", x)], kernel.name
+        ring = re.findall(r"LDG\.E\.\S*128\S* (R\d+),", "\n".join(kernel.instructions))
+        assert len(ring) == 16, "eight loads before the loop, eight refills"
+        assert len(set(ring)) == 8
+
+
 def test_the_256_token_tile_unpacks_few_words_per_mma(kernels_of):
     # 64 x 64 codes of each operand: 32 words, a shift and two masks each, for 64 mma; two such
     # halves a step. More masks than that would mean that ptxas unpacks something twice.
