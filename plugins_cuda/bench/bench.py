@@ -2,19 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures the kernels on a GPU: one command, at most ten minutes, PyTorch and nvcc are enough.
 
-    python plugins_cuda/bench/bench.py                     build, check, measure; the table comes last
-    python plugins_cuda/bench/bench.py --emulate           the checks alone, on the CPU emulator
+    python plugins_cuda/bench/bench.py               build, check, measure; the table comes last
+    python plugins_cuda/bench/bench.py --emulate     the checks alone, on the CPU emulator
     python plugins_cuda/bench/bench.py --stages check,hadamard --csv rows.csv
 
-Stages, in order: probe (GPU, clocks), ceilings (copy, bf16, int8 and fp8 GEMM), check (every kernel on
-fresh random inputs against float64 or int64), hadamard, prefill, decode, attention, layer, memory. A
-stage that fails its check is reported and its rows are not measured. A stage starts only while the
-budget lasts; what was not measured is listed as such.
+Stages, in order: probe (GPU, clocks), ceilings (copy, bf16, int8 and fp8 GEMM), check (every kernel
+on fresh random inputs against float64 or int64), hadamard, prefill, decode, attention, layer,
+memory. Kernels that fail their check are not measured. A stage starts only while the budget lasts;
+what was not measured is listed as such.
 
-How a row is measured: a CUDA graph of several launches over rotating inputs (more than five times the
-L2, so weights are cold), replayed in turn with its baseline's graph; the median over the replays, and
-the spread (10th to 90th percentile). A floor is max(bytes / copy bandwidth, operations / GEMM ceiling)
-with the ceilings of the same run. Data are Gaussian or uniform codes, never zeros: power matters.
+How a row is measured: a CUDA graph of several launches over rotating inputs (more than five times
+the L2, so weights are cold), replayed in turn with its baseline's graph; the median over the
+replays, and the spread (10th to 90th percentile). A floor is max(bytes / copy bandwidth, operations
+/ GEMM ceiling) with the ceilings of the same run. Data are Gaussian or uniform codes, never zeros:
+power matters.
 """
 
 import argparse
@@ -108,14 +109,17 @@ class Bench:
         return build.build("cuda", architectures=(architecture,))
 
     def left(self) -> float:
+        """Seconds of the budget that are left."""
         return self.budget - (time.monotonic() - self.started)
 
     def stream(self) -> int | None:
+        """The current CUDA stream, as an int."""
         return None if self.emulated else torch.cuda.current_stream().cuda_stream
 
     # ---- data
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """Gaussians of a shape."""
         x = torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.float32)
         return x.to(dtype)
 
@@ -129,7 +133,10 @@ class Bench:
         """Poisoned, so that what a kernel forgets to write shows."""
         return torch.full(shape, 113, device=self.device, dtype=dtype)
 
-    def hadamard(self, factors: tuple[int, ...], inner: int = 1) -> tuple[HadamardPlan, torch.Tensor]:
+    def hadamard(
+        self, factors: tuple[int, ...], inner: int = 1
+    ) -> tuple[HadamardPlan, torch.Tensor]:
+        """A plan of factors, and its signs on the device."""
         matrices = [hadamard_matrix(f) for f in factors if f & (f - 1)]
         made, words = self.kernels.hadamard_plan(factors, matrices, inner=inner)
         held = torch.from_numpy(words.view("int32").copy()).to(self.device)
@@ -187,6 +194,7 @@ class Bench:
         return 1 if self.emulated else max(1, min(most, -(-COLD_BYTES // max(1, bytes_of_one))))
 
     def add(self, row: Row) -> None:
+        """Keeps and prints a row."""
         self.rows.append(row)
         print(format_row(row), flush=True)
 
@@ -198,6 +206,7 @@ HEADER = (
 
 
 def format_row(row: Row) -> str:
+    """A row as one line of the table."""
     percent, ratio = 100 * row.floor_us / row.us, row.baseline_us / row.us
     return (
         f"{row.kernel:34} {row.shape:26} {row.us:9.2f} {row.floor_us:9.2f} {percent:7.1f}"
@@ -210,6 +219,7 @@ def format_row(row: Row) -> str:
 
 
 def probe(bench: Bench) -> None:
+    """Names the GPU, its clocks and its power."""
     if bench.emulated:
         print("emulated: correctness only, no times")
         return
@@ -229,13 +239,16 @@ def probe(bench: Bench) -> None:
 
 
 def ceilings(bench: Bench) -> None:
+    """Measures what floors are made of: a copy, and the vendor's GEMMs."""
     if bench.emulated:
         return
     big = bench.packed_codes(1 << 31)
     other = torch.empty_like(big)
-    ((us, spread),) = bench.time([lambda: other.copy_(big)])
+    ((us, spread),) = bench.time([lambda target=other, source=big: target.copy_(source)])
     bench.ceilings.copy = 2 * big.numel() / us * 1e6
-    bench.add(Row("copy", "2 GiB", us, rate=f"{bench.ceilings.copy / 1e12:.2f} TB/s", spread=spread))
+    bench.add(
+        Row("copy", "2 GiB", us, rate=f"{bench.ceilings.copy / 1e12:.2f} TB/s", spread=spread)
+    )
     del big, other
     n = 8192
     a, b = bench.normal(n, n), bench.normal(n, n)
@@ -309,7 +322,7 @@ def transformed(
 
 
 def rotated(x: torch.Tensor, factors: tuple[int, ...]) -> torch.Tensor:
-    """x (I ⊗ H_f1 ⊗ ..) / sqrt(order), in float64."""
+    """X (I ⊗ H_f1 ⊗ ..) / sqrt(order), in float64."""
     y = x.double()
     for i, factor in enumerate(factors):
         matrix = torch.from_numpy(hadamard_matrix(factor).copy()).to(x.device).double()
@@ -324,6 +337,7 @@ def unpacked(packed: torch.Tensor) -> torch.Tensor:
 
 
 def check_transforms(bench: Bench) -> None:
+    """Compares Hadamard + quantize with float64."""
     sizes = (4096, 768) if bench.emulated else (4096, 8192, 11008, 13824, 14336, 28672)
     for n in sizes:
         factors = plan(n).factors
@@ -349,6 +363,7 @@ def check_transforms(bench: Bench) -> None:
 
 
 def hadamard_rows(bench: Bench) -> None:
+    """Times the transforms of every order against a device copy."""
     prologues = {
         "fwht": ("store", Prologue.NONE, True),
         "fwht + s4": ("s4", Prologue.NONE, True),
@@ -412,9 +427,13 @@ def linear(
     if activation == Layout.ACTIVATIONS_SPLIT_V1:
         shape = (-(-k // 128), -(-m // 8) * 8, 128)
         tensors["q"] = torch.zeros(shape, dtype=torch.uint8, device=bench.device)
-        bench.kernels.split_activations(m, k, tensors["packed_q"], tensors["q"], stream=bench.stream())
+        bench.kernels.split_activations(
+            m, k, tensors["packed_q"], tensors["q"], stream=bench.stream()
+        )
     tensors["w"] = bench.empty(bench.kernels.weight_bytes(weight, n, k), dtype=torch.uint8)
-    bench.kernels.pack_weight(weight, n, k, tensors["packed_w"], tensors["w"], stream=bench.stream())
+    bench.kernels.pack_weight(
+        weight, n, k, tensors["packed_w"], tensors["w"], stream=bench.stream()
+    )
     tensors["scale"] = bench.normal(m, dtype=torch.float32).abs() * 0.01 + 1e-3
     tensors["w_scale"] = bench.normal(n, dtype=torch.float32).abs() * 0.01 + 1e-3
     kind = {Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16, Dtype.INT32: torch.int32}[out]
@@ -447,6 +466,7 @@ def gemm_kernels(bench: Bench, m: int) -> list[GemmKernel]:
 
 
 def check_gemms(bench: Bench) -> None:
+    """Compares the integer sums of every GEMM kernel with exact ones."""
     sizes = ((1, 256, 256), (45, 136, 320)) if bench.emulated else (
         (1, 4096, 4096), (16, 8192, 28672), (129, 1032, 448), (2048, 4096, 11008),
     )  # fmt: skip
@@ -457,10 +477,13 @@ def check_gemms(bench: Bench) -> None:
             q, w = unpacked(case.tensors["packed_q"]), unpacked(case.tensors["packed_w"])
             # float64 holds these integers exactly.
             want = (q.double() @ w.double().T).to(torch.int32)
-            assert torch.equal(case.tensors["y"], want), f"gemm {m}x{n}x{k} {kernel.name}: not exact"
+            assert torch.equal(case.tensors["y"], want), (
+                f"gemm {m}x{n}x{k} {kernel.name}: not exact"
+            )
 
 
 def prefill_rows(bench: Bench) -> None:
+    """Times the GEMM at 128 tokens and more."""
     for n, k in WEIGHTS:
         for m in (128, 512, 2048, 8192):
             for kernel in gemm_kernels(bench, m)[1:]:
@@ -471,6 +494,7 @@ def prefill_rows(bench: Bench) -> None:
 
 
 def decode_rows(bench: Bench) -> None:
+    """Times the GEMM at 16 tokens and fewer."""
     for n, k in WEIGHTS:
         for m in (1, 4, 8, 16):
             if bench.left() < 120:
@@ -480,6 +504,7 @@ def decode_rows(bench: Bench) -> None:
 
 
 def gemm_row(bench: Bench, m: int, n: int, k: int, kernel: GemmKernel, aim: str) -> None:
+    """Times one GEMM against cuBLAS bf16 and int8."""
     sets = [linear(bench, m, n, k, kernel) for _ in range(bench.copies(n * k // 2))]
     dense = [(bench.normal(m, k), bench.normal(n, k)) for _ in range(bench.copies(2 * n * k))]
     baseline: list[Callable[[], Any]] = [lambda x=x, w=w: x @ w.T for x, w in dense]
@@ -529,11 +554,13 @@ class Cache:
         self.key, self.value = (KvCache(*part) for part in self.parts)
 
     def values(self, part: int) -> torch.Tensor:
+        """K (part 0) or V (part 1), dequantized in float64."""
         codes, scale, zero = self.parts[part]
         u = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).double()
         return (u - zero.double()[..., None]) * scale.double()[..., None]
 
     def bytes(self) -> int:
+        """Bytes of codes, scales and zero points."""
         return sum(t.numel() * t.element_size() for part in self.parts for t in part)
 
 
@@ -571,8 +598,10 @@ def attention(
 
 
 def check_attention(bench: Bench) -> None:
+    """Compares attention over the cache with float64."""
     cases = ((2, 8, 2, 128, 100, 1), (1, 4, 2, 64, 40, 12)) if bench.emulated else (
-        (1, 32, 8, 128, 5000, 1), (16, 32, 8, 128, 1000, 1), (2, 8, 8, 64, 300, 1), (1, 32, 8, 128, 700, 300),
+        (1, 32, 8, 128, 5000, 1), (16, 32, 8, 128, 1000, 1), (2, 8, 8, 64, 300, 1),
+        (1, 32, 8, 128, 700, 300),
     )  # fmt: skip
     for batch, heads, kv_heads, d, length, query_tokens in cases:
         cache = Cache(bench, batch, kv_heads, -(-length // 4) * 4, d)
@@ -591,6 +620,7 @@ def check_attention(bench: Bench) -> None:
 
 
 def check_append(bench: Bench) -> None:
+    """Reads appended values back: within a step of what was given."""
     cache = Cache(bench, 2, 4, 64, 128)
     k, v = bench.normal(2, 4, 9, 128), bench.normal(2, 4, 9, 128)
     bench.kernels.kv_append(
@@ -605,6 +635,7 @@ def check_append(bench: Bench) -> None:
 
 
 def attention_rows(bench: Bench) -> None:
+    """Times decode attention against SDPA, and the append."""
     for batch, context in ((1, 8192), (1, 131072), (16, 8192), (64, 2048)):
         for heads, kv_heads in ((32, 8), (32, 32)):
             name = f"{batch} x {context} x {heads}/{kv_heads}"
@@ -614,9 +645,8 @@ def attention_rows(bench: Bench) -> None:
             d = 128
             cache = Cache(bench, batch, kv_heads, context, d)
             count = bench.copies(cache.bytes(), 4)
-            cases = [attention(bench, cache, heads, context, 1)]
-            for _ in range(count - 1):
-                cases.append(attention(bench, Cache(bench, *cache.shape), heads, context, 1))
+            caches = [cache, *(Cache(bench, *cache.shape) for _ in range(count - 1))]
+            cases = [attention(bench, each, heads, context, 1) for each in caches]
             q = bench.normal(batch, heads, 1, d)
             k, v = (bench.normal(batch, kv_heads, context, d) for _ in range(2))
 
@@ -634,7 +664,9 @@ def attention_rows(bench: Bench) -> None:
             )  # fmt: skip
             new_k, new_v = (bench.normal(batch, kv_heads, 1, d) for _ in range(2))
 
-            def append(cache: Cache = cache, k: torch.Tensor = new_k, v: torch.Tensor = new_v) -> None:
+            def append(
+                cache: Cache = cache, k: torch.Tensor = new_k, v: torch.Tensor = new_v
+            ) -> None:
                 b, h, capacity, head_dim = cache.shape
                 bench.kernels.kv_append(
                     Dtype.BF16, k, v, batch=b, kv_heads=h, head_dim=head_dim, tokens=1,
@@ -685,11 +717,13 @@ class Layer:
         self.workspace = bench.empty(1, dtype=torch.uint8)
 
     def rope(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotary position embedding of x [B, H, T, d]."""
         half = self.d // 2
         turned = torch.cat([-x[..., half:], x[..., :half]], -1)
         return x * self.cos + turned * self.sin
 
     def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k and v [B, H, T, d] of the merged projection, after RoPE."""
         q, k, v = qkv.view(self.batch, self.tokens, -1, self.d).split(
             [self.heads, self.kv_heads, self.kv_heads], 2
         )
@@ -697,6 +731,7 @@ class Layer:
         return self.rope(q).contiguous(), self.rope(k).contiguous(), v.contiguous()
 
     def int4(self) -> torch.Tensor:
+        """The layer with the kernels."""
         kernels, stream = self.bench.kernels, self.bench.stream()
 
         def into(name: str, x: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -741,6 +776,7 @@ class Layer:
         return x + down
 
     def bf16(self) -> torch.Tensor:
+        """The layer with torch."""
         functional = torch.nn.functional
 
         def norm(x: torch.Tensor) -> torch.Tensor:
@@ -759,6 +795,7 @@ class Layer:
 
 
 def layer_rows(bench: Bench) -> None:
+    """Times a whole decoder layer against torch bf16."""
     cases = ((1, 2048, 0), (1, 1, 2048), (16, 1, 2048))
     for batch, tokens, context in ((1, 12, 0), (2, 1, 20)) if bench.emulated else cases:
         if bench.left() < 30:
@@ -788,6 +825,7 @@ def memory(bench: Bench) -> None:
 
 
 def check(bench: Bench) -> None:
+    """Runs every check."""
     for checked in (check_transforms, check_gemms, check_append, check_attention):
         began = time.monotonic()
         checked(bench)
@@ -795,6 +833,7 @@ def check(bench: Bench) -> None:
 
 
 def main() -> int:
+    """Runs the stages that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated, in any order")
     parser.add_argument("--budget", type=float, default=570.0, help="seconds, building included")

@@ -127,7 +127,9 @@ def _digest(source: Path, target: Target, options: list[str]) -> str:
         files += (source / folder).iterdir()
     for file in sorted(files):
         if file.is_file():
-            digest.update(str(file.relative_to(source)).encode() + b"\0" + file.read_bytes() + b"\0")
+            digest.update(
+                str(file.relative_to(source)).encode() + b"\0" + file.read_bytes() + b"\0"
+            )
     return digest.hexdigest()[:16]
 
 

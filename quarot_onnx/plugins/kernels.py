@@ -8,8 +8,18 @@ copied or allocated here; shapes are stated as the C header states them.
 """
 
 import ctypes
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_size_t
-from ctypes import c_uint32, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char_p,
+    c_float,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint32,
+    c_void_p,
+)
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -62,7 +72,7 @@ class GemmKernel(IntEnum):
 
 
 class HadamardPlan(Structure):
-    """``qr_hadamard_plan``; keep ``sign_words`` (on the device) alive as long as the plan is used."""
+    """``qr_hadamard_plan``; its sign words (on the device) must live as long as it is used."""
 
     _fields_ = [
         ("dense", c_int32 * 3),
@@ -203,7 +213,7 @@ class EmulationCounters(Structure):
 
 @dataclass(frozen=True)
 class KvCache:
-    """K or V of a cache: codes [B, H, capacity, D/2] uint8, scale and zero [B, H, capacity] fp32."""
+    """K or V: codes uint8 [B, H, capacity, D/2], scale and zero float32 [B, H, capacity]."""
 
     codes: Pointer
     scale: Pointer
@@ -511,7 +521,7 @@ class Kernels:
         tokens: int,
         stream: int | None = None,
     ) -> None:
-        """``qr_kv_dequantize``: the first ``tokens`` positions, [batch, kv_heads, tokens, head_dim]."""
+        """``qr_kv_dequantize``: the first ``tokens`` positions, dense [B, H, tokens, D]."""
         status = self.library.qr_kv_dequantize(
             dtype,
             batch,
@@ -549,7 +559,14 @@ class Kernels:
         return int(self.library.qr_weight_bytes(layout, n, k))
 
     def pack_weight(
-        self, layout: int, n: int, k: int, packed: Pointer, out: Pointer, *, stream: int | None = None
+        self,
+        layout: int,
+        n: int,
+        k: int,
+        packed: Pointer,
+        out: Pointer,
+        *,
+        stream: int | None = None,
     ) -> None:
         """``qr_pack_weight``: packed order to ``layout``."""
         status = self.library.qr_pack_weight(layout, n, k, _address(packed), _address(out), stream)

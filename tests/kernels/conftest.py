@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernel library under test: the emulated build, or the one named by QUAROT_KERNELS_LIBRARY.
 
-The same tests drive both through the C ABI. Buffers lie in host memory for the emulator, with a guard
-zone behind each that must stay untouched, and in GPU memory for the CUDA library (through torch).
+The same tests drive both through the C ABI. Buffers lie in host memory for the emulator and in GPU
+memory (through torch) for the CUDA library; a guard zone behind each must stay untouched.
 """
 
 from pathlib import Path
@@ -26,9 +26,9 @@ class Buffer:
         raw = np.full(array.nbytes + GUARD_BYTES + 16, GUARD, np.uint8)
         self._begin = 0 if device else -raw.ctypes.data % 16
         self._bytes = array.nbytes
-        raw[self._begin : self._begin + self._bytes] = np.ascontiguousarray(array).view(
-            np.uint8
-        ).ravel()
+        raw[self._begin : self._begin + self._bytes] = (
+            np.ascontiguousarray(array).view(np.uint8).ravel()
+        )
         if device:
             import torch  # noqa: PLC0415
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bugs to plant in the transform and cache kernels; see ``mutants_gemm.py`` for what a mutant is."""
+"""Bugs to plant in the transform and cache kernels; ``mutants_gemm.py`` says what a mutant is."""
 
 from tests.kernels.mutants_gemm import Mutant
 
@@ -104,7 +104,8 @@ MUTANTS = (
     Mutant(
         "rows: idle threads take part in the maximum",
         HADAMARD,
-        "const bool active_thread = thread < 2 * p.blocks;\n  const int block = active_thread ? thread >> 1 : 0;",
+        "const bool active_thread = thread < 2 * p.blocks;\n"
+        "  const int block = active_thread ? thread >> 1 : 0;",
         "const bool active_thread = true;\n  const int block = thread >> 1;",
         CODES,
     ),
@@ -319,7 +320,8 @@ MUTANTS = (
     Mutant(
         "attention: zero points of tokens that are not there reach the tensor core",
         ATTENTION,
-        "const float low = first_token + token < end ? load_shared<float>(scales + 48 + token) : 0.f;",
+        "const float low = first_token + token < end ? "
+        "load_shared<float>(scales + 48 + token) : 0.f;",
         "const float low = load_shared<float>(scales + 48 + token);",
         DECODE,
     ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel tests compare with: the operators of ``quarot_onnx.ops``, and 16-bit conversions."""
+"""What the kernel tests compare with, beside the operators of ``quarot_onnx.ops``."""
 
 import math
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The INT4 cache: codes to the bit, attention against ``ops.kv_attention``, in place and in bounds."""
+"""The INT4 cache: codes to the bit, attention against ``ops``, in place and in bounds."""
 
 import dataclasses
 import math
@@ -40,7 +40,12 @@ class Cache:
     """A poisoned cache of both tensors, where kernels can reach it."""
 
     def __init__(self, library, batch: int, kv_heads: int, capacity: int, head_dim: int) -> None:
-        self.capacity, self.head_dim, self.kv_heads, self.batch = capacity, head_dim, kv_heads, batch
+        self.capacity, self.head_dim, self.kv_heads, self.batch = (
+            capacity,
+            head_dim,
+            kv_heads,
+            batch,
+        )
         self.held = [
             {
                 "codes": library.put(
@@ -100,7 +105,9 @@ class Cache:
 @pytest.mark.parametrize("tokens", [1, 3, 9])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", BOTH)
-def test_appended_values_have_the_codes_scale_and_zero_of_ops(library, dtype, head_dim, tokens, seed):
+def test_appended_values_have_the_codes_scale_and_zero_of_ops(
+    library, dtype, head_dim, tokens, seed
+):
     library.configure(seed=seed)
     cache = Cache(library, 2, 3, 16, head_dim)
     k, v = (values_of((2, 3, tokens, head_dim), dtype, s) for s in (seed, seed + 10))
@@ -297,8 +304,8 @@ def attend(library):
         max_length = total + case.spare
         capacity = -(-max_length // 4) * 4
         cache = Cache(library, batch, case.kv_heads, capacity, case.head_dim)
-        # Scores of ordinary size (a rounding of q to 11 bits moves a score by its own 2^-12), values
-        # of very different sizes.
+        # Scores of ordinary size (q is rounded to 11 bits, which moves a score by its own 2^-12),
+        # values of very different sizes.
         shape = (batch, case.kv_heads, total, case.head_dim)
         random = np.random.default_rng([*shape, seed])
         k, v = random.standard_normal(shape).astype(NUMPY[dtype]), values_of(shape, dtype, seed)
@@ -458,7 +465,7 @@ def test_a_query_cannot_see_the_tokens_behind_it(library, attend):
 
 @pytest.mark.parametrize("magnitude", [1e-6, 1.0, 3e4])
 def test_values_of_any_size_keep_their_precision(library, magnitude):
-    # V's scale goes into the softmax weights: neither tiny nor large values leave the range of fp16.
+    # V's scale goes into the softmax weights: no value leaves the range of fp16.
     library.configure(seed=1)
     cache = Cache(library, 1, 1, 32, 64)
     k = np.random.default_rng(1).standard_normal((1, 1, 30, 64)).astype(NUMPY[Dtype.BF16])
@@ -497,7 +504,9 @@ def test_values_of_any_size_keep_their_precision(library, magnitude):
     assert_close(y.read().astype(np.float64), want.reshape(1, 128), Dtype.BF16)
 
 
-@pytest.mark.parametrize("case", [DECODE[3], DECODE[4], DECODE[7], PREFILL[0], PREFILL[1], PREFILL[5]], ids=str)
+@pytest.mark.parametrize(
+    "case", [DECODE[3], DECODE[4], DECODE[7], PREFILL[0], PREFILL[1], PREFILL[5]], ids=str
+)
 def test_the_cache_is_read_without_bank_conflicts(emulated, attend, case):
     emulated.reset_counters()
     attend(case, Dtype.FP16)
@@ -527,7 +536,9 @@ REFUSALS: Final = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), [r[1:] for r in REFUSALS], ids=[r[0] for r in REFUSALS])
+@pytest.mark.parametrize(
+    ("changes", "message"), [r[1:] for r in REFUSALS], ids=[r[0] for r in REFUSALS]
+)
 def test_attention_refuses_what_is_not_in_the_table(attend, changes, message):
     with pytest.raises(UnsupportedModelError, match=message):
         attend(Case(8, 2, 64, 1, (30,)), Dtype.FP16, changes=changes)
@@ -591,6 +602,13 @@ def test_any_mix_of_heads_lengths_and_slices(
 ):
     masked, rotate_ = flags
     case = Case(
-        2 * kv_heads * group, 2 * kv_heads, 64, query_tokens, tuple(lengths), split_kv, masked, rotate_
+        2 * kv_heads * group,
+        2 * kv_heads,
+        64,
+        query_tokens,
+        tuple(lengths),
+        split_kv,
+        masked,
+        rotate_,
     )
     assert_close(*attend(case, dtype, seed=seed), dtype)

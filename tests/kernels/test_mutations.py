@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Planted bugs: each must make the suite fail, or the suite is decoration.
 
-A mutant is one replacement in a copy of the kernel sources, built for the emulator; the tests that it
-names then run against that library in a process of their own. Takes several minutes, hence slow.
+A mutant is one replacement in a copy of the kernel sources, built for the emulator; the tests that
+it names then run against that library in a process of their own. It takes a while, hence slow.
 """
 
 import os
@@ -45,7 +45,14 @@ def planted(mutant: Mutant, folder: Path) -> Path:
     later = max(f.stat().st_mtime for f in (objects / "cpu").iterdir()) + 2
     os.utime(file, (later, later))
     done = subprocess.run(
-        ["make", "-C", str(source), f"BUILD={objects}", "cpu", "EXTRA_CPU_FLAGS=-Wno-unused"],
+        [
+            "make",
+            "-C",
+            str(source),
+            f"BUILD={objects}",
+            "cpu",
+            "EXTRA_CPU_FLAGS=-Wno-unused -O0 -g0",
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -58,7 +65,17 @@ def planted(mutant: Mutant, folder: Path) -> Path:
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_the_suite_catches(mutant: Mutant, tmp_path: Path):
     library = planted(mutant, tmp_path)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:randomly", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:randomly",
+        "-p",
+        "no:cacheprovider",
+    ]
     command += ["-k", mutant.tests, "--timeout=300"]
     command += [str(ROOT / "tests" / "kernels" / f"{name}.py") for name in TEST_FILES]
     done = subprocess.run(
