@@ -447,13 +447,13 @@ __global__ void __launch_bounds__(kMaxThreads) plain_rows(const TransformParams 
   __syncthreads();  // RMSNorm's use of `slots` is over
   const float scale = row_scale(p, v, active, slots);
   if (active && thread == 0) p.scale[row] = scale;
-  const float inverse = __fdiv_rn(1.f, scale);
+  const RowDivider divider = row_divider(1.f, scale);
   const int64_t padded_rows = (p.rows + 7) & ~int64_t{7};
 #pragma unroll
   for (int i = 0; i < kPerThread / 8; i++) {
     const float* c = v + 8 * i;
-    const uint32_t even = four_codes(c[0], c[2], c[4], c[6], 1.f, scale, inverse);
-    const uint32_t odd = four_codes(c[1], c[3], c[5], c[7], 1.f, scale, inverse);
+    const uint32_t even = four_codes(c[0], c[2], c[4], c[6], divider);
+    const uint32_t odd = four_codes(c[1], c[3], c[5], c[7], divider);
     const int element = ChunkItems::element(thread, 4 * i, p.blocks);
     if (!active) continue;
     if (p.layout == QR_LAYOUT_ACTIVATIONS_SPLIT_V1) {

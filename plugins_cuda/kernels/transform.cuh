@@ -273,32 +273,35 @@ __device__ __forceinline__ void read_exchange(const float* buffer, int block, in
   }
 }
 
-// v[q] -> the nearest code to v[q] * norm / scale, as the low byte (two's complement) of a word
-// of 4.
-//
-// The reference divides (half to even). A division costs eight instructions, so codes come from one
-// multiplication by 1 / scale, whose result is off by less than 2e-6; where that could cross a
-// rounding boundary (the quotient is within 4e-6 of a tie) the four values are divided after all.
-// Equal codes always, at a price that 1 thread in 2000 pays.
-__device__ __forceinline__ uint32_t four_codes(float a, float b, float c, float d, float norm,
-                                               float scale, float norm_over_scale) {
+// Division by a row's scale. x / scale must round as the reference's division does, half to even
+// ties included, for less than its eight instructions: with the correctly rounded inverse, one
+// multiplication, the exact remainder and one correction give the correctly rounded quotient
+// (Markstein 1990, theorem on q + r y). Scales below 1e-30 are lifted by 2^96, else the inverse
+// overflows.
+struct RowDivider {
+  float norm, scale, inverse;
+};
+
+__device__ __forceinline__ RowDivider row_divider(float norm, float scale) {
+  constexpr float kLift = 79228162514264337593543950336.f;
+  const float lift = scale < 1e-30f ? kLift : 1.f;
+  return {norm * lift, scale * lift, __fdiv_rn(1.f, scale * lift)};
+}
+
+// The nearest codes to x * norm / scale of four values, as the bytes (two's complement) of a word.
+__device__ __forceinline__ uint32_t four_codes(float a, float b, float c, float d,
+                                               const RowDivider& divider) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, half to even
-  constexpr float kTie = 0.5f - 4e-6f;
-  float x[4] = {a, b, c, d}, t[4], worst = 0.f;
+  const float v[4] = {a, b, c, d};
+  uint32_t t[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const float quotient = fminf(fmaxf(x[i] * norm_over_scale, -8.f), 7.f);
-    t[i] = __fadd_rn(quotient, kRound);
-    worst = fmaxf(worst, fabsf(__fsub_rn(quotient, __fsub_rn(t[i], kRound))));
+    const float x = __fmul_rn(v[i], divider.norm);
+    const float near = __fmul_rn(x, divider.inverse);
+    const float quotient = fmaf(fmaf(-near, divider.scale, x), divider.inverse, near);
+    t[i] = __float_as_uint(__fadd_rn(fminf(fmaxf(quotient, -8.f), 7.f), kRound));
   }
-  if (worst > kTie || !(norm_over_scale < 3e38f)) {  // a scale so small that its inverse overflows
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      t[i] = __fadd_rn(fminf(fmaxf(__fdiv_rn(__fmul_rn(x[i], norm), scale), -8.f), 7.f), kRound);
-  }
-  const uint32_t low = __byte_perm(__float_as_uint(t[0]), __float_as_uint(t[1]), 0x0040);
-  const uint32_t high = __byte_perm(__float_as_uint(t[2]), __float_as_uint(t[3]), 0x0040);
-  return __byte_perm(low, high, 0x5410);
+  return __byte_perm(__byte_perm(t[0], t[1], 0x0040), __byte_perm(t[2], t[3], 0x0040), 0x5410);
 }
 
 // The scale of the row that v is part of: max|v * norm| * clip / qmax, or 1. A barrier passes.
@@ -353,7 +356,7 @@ __device__ __forceinline__ void finish_row(const TransformParams& p, int64_t row
 
   const float scale = row_scale(p, v, active, slots);
   if (active && thread == 0) p.scale[row] = scale;
-  const float norm_over_scale = __fdiv_rn(p.norm, scale);
+  const RowDivider divider = row_divider(p.norm, scale);
 
   if (p.layout == QR_LAYOUT_ACTIVATIONS_SPLIT_V1) {
     // Chunks of 16 codes: per 64 codes two of evens, two of odds; the swizzle permutes them in the
@@ -366,7 +369,7 @@ __device__ __forceinline__ void finish_row(const TransformParams& p, int64_t row
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int q = 16 * chunk + 4 * i;
-        w[i] = four_codes(v[q], v[q + 1], v[q + 2], v[q + 3], p.norm, scale, norm_over_scale);
+        w[i] = four_codes(v[q], v[q + 1], v[q + 2], v[q + 3], divider);
       }
       const int place = (chunk >> 1) * 4 + odd * 2 + (chunk & 1);
       if (active)
@@ -382,8 +385,7 @@ __device__ __forceinline__ void finish_row(const TransformParams& p, int64_t row
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       const int q = 32 * half + 4 * i;
-      w[i] = four_codes(v[q], v[q + 1], v[q + 2], v[q + 3], p.norm, scale, norm_over_scale) &
-             0x0F0F0F0Fu;
+      w[i] = four_codes(v[q], v[q + 1], v[q + 2], v[q + 3], divider) & 0x0F0F0F0Fu;
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {  // the even thread makes words 0..3 of eight, the odd one 4..7

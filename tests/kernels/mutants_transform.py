@@ -49,7 +49,7 @@ MUTANTS = (
         "rows: no swizzle, so the exchange has bank conflicts",
         TRANSFORM,
         "  return (((block ^ block >> 2 ^ block >> 4 ^ block >> 6) & 1) << 4) |",
-        "  return 0 & (((block ^ block >> 2 ^ block >> 4 ^ block >> 6) & 1) << 4) |",
+        "  return (((block ^ block >> 2 ^ block >> 4 ^ block >> 6) & 0) << 4) |",
         "without_bank_conflicts and test_hadamard",
     ),
     Mutant(
@@ -111,24 +111,24 @@ MUTANTS = (
     ),
     # ---- codes
     Mutant(
-        "codes: ties are not divided again",
+        "codes: the quotient is not corrected",
         TRANSFORM,
-        "if (worst > kTie ||",
-        "if (worst > 2.f ||",
+        "fmaf(fmaf(-near, divider.scale, x), divider.inverse, near)",
+        "near",
         "test_hadamard and (integers_give or ties_round or to_the_bit)",
     ),
     Mutant(
         "codes: clipped at -7",
         TRANSFORM,
-        "fminf(fmaxf(x[i] * norm_over_scale, -8.f), 7.f)",
-        "fminf(fmaxf(x[i] * norm_over_scale, -7.f), 7.f)",
+        "fminf(fmaxf(quotient, -8.f), 7.f)",
+        "fminf(fmaxf(quotient, -7.f), 7.f)",
         "test_hadamard and (integers_give or ties_round or to_the_bit)",
     ),
     Mutant(
         "codes: not clipped at 7",
         TRANSFORM,
-        "fminf(fmaxf(x[i] * norm_over_scale, -8.f), 7.f)",
-        "fmaxf(x[i] * norm_over_scale, -8.f)",
+        "fminf(fmaxf(quotient, -8.f), 7.f)",
+        "fmaxf(quotient, -8.f)",
         "test_hadamard and (integers_give or ties_round or to_the_bit)",
     ),
     Mutant(
