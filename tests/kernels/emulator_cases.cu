@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Small kernels, right and wrong, for test_emulator.py: ./emulator_cases NAME SEED runs one of them.
-// A right one prints "ok"; a wrong one must be stopped by the emulator.
+// Small kernels, right and wrong, for test_emulator.py: ./emulator_cases NAME SEED runs one of
+// them. A right one prints "ok"; a wrong one must be stopped by the emulator.
 #include <cstdio>
 #include <string>
 
@@ -82,7 +82,8 @@ void out_of_bounds_kernel() {
   store_shared<int>(shared + 4 * 64 + 4 * threadIdx.x, 1);
 }
 
-void raw_out_of_bounds_kernel() {  // through a plain pointer: found in the guard zone at the block's end
+void raw_out_of_bounds_kernel() {  // through a plain pointer: found in the guard zone at the
+                                   // block's end
   QR_DYN_SMEM(shared);
   if (threadIdx.x == 0) shared[256] = 1;
 }
@@ -171,10 +172,11 @@ bool run(const std::string& name) {
       if (result[t] != (t + 32) % 64 * ((t + 32) % 64)) return false;
     return true;
   }
-  if (name == "no-barrier") return QR_LAUNCH((exchange_kernel<false>), 1, 64, 256, nullptr) == QR_OK;
+  if (name == "no-barrier")
+    return QR_LAUNCH((exchange_kernel<false>), 1, 64, 256, nullptr) == QR_OK;
   if (name == "exchange-in-warp")
-    return QR_LAUNCH((exchange_in_warp_kernel<true>), 1, 64, 256, nullptr) == QR_OK && result[1] == 0 &&
-           result[0] == 1;
+    return QR_LAUNCH((exchange_in_warp_kernel<true>), 1, 64, 256, nullptr) == QR_OK &&
+           result[1] == 0 && result[0] == 1;
   if (name == "no-warp-barrier")
     return QR_LAUNCH((exchange_in_warp_kernel<false>), 1, 64, 256, nullptr) == QR_OK;
   if (name == "overwrite") return QR_LAUNCH(overwrite_kernel, 1, 64, 256, nullptr) == QR_OK;
@@ -182,7 +184,8 @@ bool run(const std::string& name) {
   if (name == "divergent-barrier")
     return QR_LAUNCH(divergent_barrier_kernel, 1, 64, 0, nullptr) == QR_OK;
   if (name == "early-return") return QR_LAUNCH(early_return_kernel, 1, 64, 0, nullptr) == QR_OK;
-  if (name == "partial-barrier") return QR_LAUNCH(partial_barrier_kernel, 1, 64, 0, nullptr) == QR_OK;
+  if (name == "partial-barrier")
+    return QR_LAUNCH(partial_barrier_kernel, 1, 64, 0, nullptr) == QR_OK;
   if (name == "divergent-shuffle")
     return QR_LAUNCH(divergent_shuffle_kernel, 1, 32, 0, nullptr) == QR_OK;
   if (name == "mixed-operations")
@@ -192,7 +195,8 @@ bool run(const std::string& name) {
     return QR_LAUNCH(raw_out_of_bounds_kernel, 1, 64, 256, nullptr) == QR_OK;
   if (name == "misaligned") return QR_LAUNCH(misaligned_kernel, 1, 64, 256, nullptr) == QR_OK;
   if (name == "odd-block") return QR_LAUNCH(poison_kernel, 1, 33, 256, nullptr) == QR_OK;
-  if (name == "poison") return QR_LAUNCH(poison_kernel, 2, 64, 256, nullptr) == QR_OK && all_set(64);
+  if (name == "poison")
+    return QR_LAUNCH(poison_kernel, 2, 64, 256, nullptr) == QR_OK && all_set(64);
   if (name == "async") {
     QR_LAUNCH((async_kernel<0>), 1, 32, 1024, nullptr, source);
     for (int t = 0; t < 32; t++)
@@ -217,11 +221,13 @@ bool run(const std::string& name) {
     return QR_LAUNCH((bank_kernel<1>), 1, 64, 16384, nullptr) == QR_OK &&
            counters.vector_accesses == 2 && counters.vector_conflicts == 0;
   if (name == "banks-2")
-    return QR_LAUNCH((bank_kernel<2>), 1, 64, 16384, nullptr) == QR_OK && counters.vector_conflicts == 2;
+    return QR_LAUNCH((bank_kernel<2>), 1, 64, 16384, nullptr) == QR_OK &&
+           counters.vector_conflicts == 2;
   if (name == "banks-32")
     return QR_LAUNCH((bank_kernel<32>), 1, 64, 16384, nullptr) == QR_OK &&
            counters.vector_conflicts == 2 * 31;
-  if (name == "too-many-threads") return QR_LAUNCH(poison_kernel, 1, 2048, 0, nullptr) == QR_ERROR_LAUNCH;
+  if (name == "too-many-threads")
+    return QR_LAUNCH(poison_kernel, 1, 2048, 0, nullptr) == QR_ERROR_LAUNCH;
   if (name == "too-much-shared-memory")
     return QR_LAUNCH(poison_kernel, 1, 64, 300 << 10, nullptr) == QR_ERROR_LAUNCH;
   return false;
