@@ -5,6 +5,8 @@ The same tests drive both through the C ABI. Buffers lie in host memory for the 
 memory (through torch) for the CUDA library; a guard zone behind each must stay untouched.
 """
 
+import ctypes
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +20,60 @@ GUARD_BYTES = 4096
 GUARD = 0xC3
 
 
+class Pages:
+    """Host memory whose end is the end of its last page; the page behind it may not be touched."""
+
+    _libc = ctypes.CDLL(None, use_errno=True)
+    _libc.mmap.restype = ctypes.c_void_p
+    _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+    def __init__(self, size: int) -> None:
+        used = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._length = used + mmap.PAGESIZE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._start = self._libc.mmap(
+            None, self._length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0
+        )
+        assert self._start not in {None, ctypes.c_void_p(-1).value}
+        assert self._libc.mprotect(self._start + used, mmap.PAGESIZE, 0) == 0
+        self.address = self._start + used - size
+        self.bytes = np.frombuffer((ctypes.c_uint8 * size).from_address(self.address), np.uint8)
+
+    def __del__(self) -> None:
+        self._libc.munmap(self._start, self._length)
+
+
 class Buffer:
-    """Memory that kernels can reach: ``pointer`` (16-byte aligned) and ``read()``."""
+    """Memory that kernels can reach: ``pointer`` (16-byte aligned) and ``read()``.
+
+    Writing behind it fails at ``read()`` (on a GPU up to 4 KB behind, on the CPU up to the next 16
+    bytes); touching memory farther behind ends the process on the CPU.
+    """
 
     def __init__(self, array: np.ndarray, *, device: bool) -> None:
         self.shape, self.dtype = array.shape, array.dtype
-        raw = np.full(array.nbytes + GUARD_BYTES + 16, GUARD, np.uint8)
-        self._begin = 0 if device else -raw.ctypes.data % 16
         self._bytes = array.nbytes
-        raw[self._begin : self._begin + self._bytes] = (
-            np.ascontiguousarray(array).view(np.uint8).ravel()
-        )
+        content = np.ascontiguousarray(array).view(np.uint8).ravel()
+        guard = GUARD_BYTES if device else -self._bytes % 16
+        raw = np.concatenate([content, np.full(guard, GUARD, np.uint8)])
         if device:
             import torch  # noqa: PLC0415
 
             self._held: Any = torch.from_numpy(raw).cuda()
             self.pointer = int(self._held.data_ptr())
         else:
-            self._held = raw
-            self.pointer = raw.ctypes.data + self._begin
+            self._pages = Pages(raw.size)
+            self._held = self._pages.bytes
+            self._held[:] = raw
+            self.pointer = self._pages.address
 
     def read(self) -> np.ndarray:
         """A copy; fails when the guard zone was written."""
         raw = self._held if isinstance(self._held, np.ndarray) else self._held.cpu().numpy()
-        end = self._begin + self._bytes
-        assert (raw[end:] == GUARD).all(), "memory behind a buffer was written"
-        return raw[self._begin : end].copy().view(self.dtype).reshape(self.shape)
+        assert (raw[self._bytes :] == GUARD).all(), "memory behind a buffer was written"
+        return raw[: self._bytes].copy().view(self.dtype).reshape(self.shape)
 
 
 class Library:

@@ -327,12 +327,12 @@ def test_powers_of_two_exchange_without_bank_conflicts(emulated, transform, orde
     for quantize, prologue in itertools.product((False, True), (Prologue.NONE, Prologue.RMSNORM)):
         emulated.reset_counters()
         emulated.configure(count_banks=True)
-        x = rows_of(n, 1, Dtype.FP16)
+        x = emulated.put(rows_of(n, 1, Dtype.FP16))
         made, _ = emulated.kernels.hadamard_plan(factors, [], inner=inner)
         out, scale = emulated.put(np.zeros(n, np.float16)), emulated.put(np.zeros(1, np.float32))
         target = {"codes": out.pointer, "scale": scale.pointer} if quantize else {"y": out.pointer}
         emulated.kernels.transform(
-            Dtype.FP16, 1, n, emulated.put(x).pointer, hadamard=made, prologue=prologue, **target
+            Dtype.FP16, 1, n, x.pointer, hadamard=made, prologue=prologue, **target
         )
         counters = emulated.counters()
         emulated.configure()
