@@ -20,29 +20,28 @@ GUARD_BYTES = 4096
 GUARD = 0xC3
 
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
 class Pages:
     """Host memory whose end is the end of its last page; the page behind it may not be touched."""
-
-    _libc = ctypes.CDLL(None, use_errno=True)
-    _libc.mmap.restype = ctypes.c_void_p
-    _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
     def __init__(self, size: int) -> None:
         used = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
         self._length = used + mmap.PAGESIZE
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._start = self._libc.mmap(
-            None, self._length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0
-        )
+        self._start = _LIBC.mmap(None, self._length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
         assert self._start not in {None, ctypes.c_void_p(-1).value}
-        assert self._libc.mprotect(self._start + used, mmap.PAGESIZE, 0) == 0
+        assert _LIBC.mprotect(self._start + used, mmap.PAGESIZE, 0) == 0
         self.address = self._start + used - size
         self.bytes = np.frombuffer((ctypes.c_uint8 * size).from_address(self.address), np.uint8)
 
     def __del__(self) -> None:
-        self._libc.munmap(self._start, self._length)
+        _LIBC.munmap(self._start, self._length)
 
 
 class Buffer:
