@@ -54,10 +54,10 @@ def test_unrotated_4_bits_collapse_and_the_rotations_remove_the_damage(
     fp32 = _judged(windows)
     rotated = evaluate.perplexity(OnnxModel(artifact), windows)
     kept = math.log(rotated / fp32)
-    for folded in (False, True):
-        unrotated = _judged(windows, rotate=False, fold_norms=folded)
+    for fold_norms, share in ((False, 0.95), (True, 0.90)):
+        unrotated = _judged(windows, rotate=False, fold_norms=fold_norms)
         assert unrotated >= 10 * fp32
-        assert kept <= 0.05 * math.log(unrotated / fp32)
+        assert 1 - kept / math.log(unrotated / fp32) >= share
 
 
 def test_the_graph_is_as_good_as_plain_fake_quantization_with_the_same_rotations(
