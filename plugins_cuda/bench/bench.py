@@ -389,11 +389,13 @@ def transformed(
         else:
             layout = Layout.ACTIVATIONS_SPLIT_V1
             outputs["codes"] = bench.empty(n // 128, -(-rows // 8) * 8, 128, dtype=torch.uint8)
+    need = bench.kernels.transform_workspace_size(rows, n, made, prologue)
+    workspace = bench.empty(need, dtype=torch.uint8) if need else None
 
     def call() -> None:
         bench.kernels.transform(
             dtype, rows, n, x, up=up, hadamard=made, prologue=prologue, layout=layout,
-            stream=bench.stream(), **outputs,
+            workspace=workspace, workspace_bytes=need, stream=bench.stream(), **outputs,
         )  # fmt: skip
 
     return Transformed(x, up, outputs, held, call)
@@ -416,7 +418,10 @@ def unpacked(packed: torch.Tensor) -> torch.Tensor:
 
 def check_transforms(bench: Bench) -> None:
     """Compares Hadamard + quantize with float64."""
-    sizes = (4096, 768) if bench.tiny else (4096, 8192, 11008, 13824, 14336, 28672)
+    sizes = (4096, 768, 53248) if bench.tiny else (
+        4096, 8192, 11008, 13824, 14336, 28672, 53248,
+    )  # fmt: skip
+
     for n in sizes:
         factors = plan(n).factors
         for prologue in (Prologue.NONE, Prologue.SILU_MUL):
@@ -449,7 +454,7 @@ def hadamard_rows(bench: Bench) -> None:
         "silu*up + fwht + s8": ("s8", Prologue.SILU_MUL, True),
         "rmsnorm + s8": ("s8", Prologue.RMSNORM, False),
     }
-    lengths, counts = (4096, 8192, 11008, 13824, 14336, 28672), (1, 16, 2048, 8192)
+    lengths, counts = (4096, 8192, 11008, 13824, 14336, 28672, 53248), (1, 16, 2048, 8192)
     if bench.emulated:
         lengths, counts = (768,), (2,)
     for n in lengths:

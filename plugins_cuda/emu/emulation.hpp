@@ -58,6 +58,14 @@ inline void store_shared(void* pointer, T value, int site = __builtin_LINE()) {
 inline uint32_t load_streaming_4(const void* pointer) {
   return *static_cast<const uint32_t*>(pointer);
 }
+inline int opaque(int x) { return x; }
+// Blocks run on several operating-system threads.
+inline void atomic_max(int32_t* p, int v) {
+  int before = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (before < v &&
+         !__atomic_compare_exchange_n(p, &before, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
 inline uint4 load_streaming_chunk(const void* pointer) {
   return *static_cast<const uint4*>(pointer);
 }

@@ -51,7 +51,7 @@ namespace emu {
 
 constexpr unsigned kWarpSize = 32;
 constexpr size_t kStackBytes = EMU_ASAN ? 512 << 10 : 128 << 10;
-constexpr size_t kMaxSharedBytes = 227 << 10;  // what a block of sm_90 can have
+constexpr size_t kMaxSharedBytes = 227 << 10;  // of the largest: sm_90 and 100
 constexpr size_t kGuardBytes = 4096;           // after shared memory: must stay poisoned
 constexpr unsigned char kPoison = 0xA5;        // as half, float or index: an absurd value
 
@@ -342,12 +342,27 @@ inline void run_block(Block& b, std::mt19937& random) {
   counters().blocks++;
 }
 
+// What a block may have on the emulated architecture: CUDA C++ programming guide, table of compute
+// capabilities.
+inline size_t max_shared_bytes() {
+  switch (options().compute_capability) {
+    case 80:
+      return 163 << 10;
+    case 86:
+    case 89:
+    case 120:
+      return 99 << 10;
+    default:
+      return kMaxSharedBytes;
+  }
+}
+
 // Runs kernel() once per CUDA thread. Returns false where a GPU would refuse the launch.
 inline bool launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel) {
   const unsigned count = size.x * size.y * size.z;
   const unsigned blocks = grid.x * grid.y * grid.z;
   if (count == 0 || count > 1024 || blocks == 0 || grid.y > 65535 || grid.z > 65535) return false;
-  if (shared_bytes > kMaxSharedBytes) return false;
+  if (shared_bytes > max_shared_bytes()) return false;
   if (count % kWarpSize) fail("a block size that is not a multiple of 32");
   std::atomic<unsigned> next{0};
   const auto work = [&] {

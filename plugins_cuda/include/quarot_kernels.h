@@ -31,7 +31,7 @@ extern "C" {
 #endif
 
 // Increases when a struct or the meaning of an argument changes.
-#define QR_ABI_VERSION 1
+#define QR_ABI_VERSION 2
 
 #if defined(_WIN32)
 #define QR_EXPORT __declspec(dllexport)
@@ -155,11 +155,18 @@ typedef struct qr_transform_args {
   void* y;                    // [rows, n] dtype (QR_EPILOGUE_STORE)
   void* codes;                // in activation_layout (QR_EPILOGUE_QUANTIZE)
   float* scale;               // [rows] (QR_EPILOGUE_QUANTIZE)
+  void* workspace;            // qr_transform_workspace_size() bytes; NULL where that is 0
+  size_t workspace_bytes;
 } qr_transform_args;
 
 // Prologue, Hadamard transform, epilogue, in one pass over the data: FWHT alone, FWHT + quantize,
 // RMSNorm + quantize (no factors), SiLU(gate)*up + FWHT + quantize, transform across heads, plain
-// quantize. Needs no workspace.
+// quantize. A row that the shared memory of a block cannot hold on the current device (see the
+// table in docs/kernels.md) passes through the workspace as fp32 instead.
+//
+// Bytes for rows, n, hadamard and prologue of `args`, on the current device; 0 for most shapes, and
+// for arguments that qr_transform refuses. What it holds before does not matter.
+QR_EXPORT size_t qr_transform_workspace_size(const qr_transform_args* args);
 QR_EXPORT int qr_transform(const qr_transform_args* args, void* stream);
 
 // ---------------------------------------------------------------------------------------------------------

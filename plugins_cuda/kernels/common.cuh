@@ -9,7 +9,7 @@
 //                    reciprocal_fast, subtract_f16x2
 //   warps            lane, warp_max, warp_min, warp_sum, __shfl_xor_sync, __syncwarp
 //   shared memory    load_shared, store_shared
-//   global memory    load_streaming_4, load_streaming_chunk
+//   global memory    load_streaming_4, load_streaming_chunk, atomic_max
 //   async copies     cp_async16, cp_async4, cp_commit, cp_wait
 //   tensor cores     ldmatrix_x4, ldmatrix_x4_transposed, transpose_fragment, mma_s4, mma_s8,
 //   mma_16
@@ -132,6 +132,15 @@ __device__ __forceinline__ void store_shared(void* pointer, T value) {
   *static_cast<T*>(pointer) = value;
 }
 
+// x, of which the compiler knows nothing: what follows from it is computed here and not elsewhere.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// *p = max(*p, v), whatever other blocks do.
+__device__ __forceinline__ void atomic_max(int32_t* p, int v) { atomicMax(p, v); }
+
 // Data that nobody reads again soon: it does not displace anything in L1.
 __device__ __forceinline__ uint32_t load_streaming_4(const void* pointer) {
   uint32_t value;
@@ -241,6 +250,14 @@ namespace qr {
 // above
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+// 100 * major + 10 * minor of the GPU that device code is being compiled for; 0 on the host and
+// under emulation. For choices that the compiler's register allocation forces, never for results.
+#if defined(__CUDA_ARCH__)
+constexpr int kArchitecture = __CUDA_ARCH__;
+#else
+constexpr int kArchitecture = 0;
+#endif
 
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
 

@@ -29,6 +29,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "dense.cuh"
 #include "device.hpp"
 #include "transform.cuh"
 #include "transform_launch.hpp"
@@ -63,7 +64,7 @@ __device__ __forceinline__ void slice_weights_of(const TransformParams& p, int64
 // Most threads of a block, which sets the registers of each: 168 hold 64 values and the 32 words of
 // the next row. Rows of more than 384 threads (n > 24576) have 128 registers and do without the
 // prefetch and without a loop.
-constexpr int butterfly_threads(int source, int log_q, bool large) {
+QR_HOST_DEVICE constexpr int butterfly_threads(int source, int log_q, bool large) {
   if (large) return kMaxThreads;
   if (source == kSourcePartials) return 256;
   return source == kSourceGate || log_q == 5 ? 384 : 256;
@@ -76,8 +77,10 @@ __global__ void __launch_bounds__(butterfly_threads(kSource, kLogQ, kLarge), 1) 
     const TransformParams p) {
   QR_DYN_SMEM(shared);
   // With two inputs there are no registers for it: several blocks per multiprocessor overlap
-  // instead.
-  constexpr bool kPrefetch = kSource == kSourceRow && !kLarge;
+  // instead. Nor are there on sm_120 where a thread has 168, by four words.
+  constexpr bool kPrefetch =
+      kSource == kSourceRow && !kLarge &&
+      !(kArchitecture >= 1200 && butterfly_threads(kSource, kLogQ, kLarge) > 256);
   using Items = FrontItems<kLogQ>;
   const int thread = threadIdx.x % p.threads_per_row, slot = threadIdx.x / p.threads_per_row;
   float* exchange = reinterpret_cast<float*>(shared) + static_cast<size_t>(slot) * p.n;
@@ -95,8 +98,11 @@ __global__ void __launch_bounds__(butterfly_threads(kSource, kLogQ, kLarge), 1) 
 
   for (; first < p.rows; first += step) {
     const int64_t row = first + slot;
+    // Items of one or two words have 16 addresses or more: computed where they are used, not kept
+    // in registers from row to row.
+    const int mine = Items::kItems >= 16 ? opaque(thread) : thread;
     if constexpr (kSource == kSourcePartials) slice_weights_of(p, row, thread, slice_weights);
-    apply_prologue<T, kSource, Items>(p, row, thread, words, up, slots, slice_weights);
+    apply_prologue<T, kSource, Items>(p, row, mine, words, up, slots, slice_weights);
 
     // ---- front: bit 0 and the thread's block bits
     float v[kPerThread];  // [word][bit 0]
@@ -115,7 +121,7 @@ __global__ void __launch_bounds__(butterfly_threads(kSource, kLogQ, kLarge), 1) 
     if (active_thread) {
 #pragma unroll
       for (int i = 0; i < Items::kItems; i++) {
-        const int place = exchange_place(Items::first_element(thread, i, p.blocks));
+        const int place = exchange_place(Items::first_element(mine, i, p.blocks));
 #pragma unroll
         for (int q = 0; q < Items::kWords;
              q++) {  // the swizzle is linear: XOR the word's own share
@@ -126,7 +132,7 @@ __global__ void __launch_bounds__(butterfly_threads(kSource, kLogQ, kLarge), 1) 
       }
     }
     __syncthreads();
-    if constexpr (kPrefetch) load_row<kSource, Items>(p, row + step, thread, words, up);
+    if constexpr (kPrefetch) load_row<kSource, Items>(p, row + step, mine, words, up);
 
     // ---- back: bits 1..6 in registers, the top block bits between lanes
     read_exchange(exchange, block, thread & 1, v);
@@ -143,187 +149,12 @@ __global__ void __launch_bounds__(butterfly_threads(kSource, kLogQ, kLarge), 1) 
     finish_row<T>(p, row, thread, block, active_thread && row < p.rows, v, slots);
     if constexpr (kLarge) return;
     if constexpr (!kPrefetch && kSource != kSourcePartials)
-      load_row<kSource, Items>(p, row + step, thread, words, up);
+      load_row<kSource, Items>(p, row + step, mine, words, up);
   }
 }
 
 // ---------------------------------------------------------------------------------------- dense
 // factors
-
-// Sign fragments of a factor of order K, padded to 16s: word [m tile][4 k steps][lane]. Of lane l,
-// k step 4w + i and A register r, the signs of the two halves are bits 15 - (4i + r) and 31 - (4i +
-// r), so that a shift brings them to the sign bits of a pair of halves. A[m][k] = H[k][m]: the
-// factor transposed, since y[m] = sum_k x[k] H[k][m].
-QR_HOST_DEVICE constexpr int tiles_of(int order) { return (order + 15) / 16; }
-QR_HOST_DEVICE constexpr int sign_steps_of(int order) { return (tiles_of(order) + 3) / 4; }
-QR_HOST_DEVICE constexpr int sign_words_of(int order) {
-  return tiles_of(order) * sign_steps_of(order) * 32;
-}
-
-template <class T>
-__device__ __forceinline__ constexpr uint32_t pair_of_ones();
-template <>
-__device__ __forceinline__ constexpr uint32_t pair_of_ones<f16>() {
-  return 0x3C003C00u;
-}
-template <>
-__device__ __forceinline__ constexpr uint32_t pair_of_ones<bf16>() {
-  return 0x3F803F80u;
-}
-
-// The ±1 operand of k step i (0..3) of a sign word.
-template <class T>
-__device__ __forceinline__ void expand_signs(uint32_t word, int i, uint32_t (&a)[4]) {
-#pragma unroll
-  for (int r = 0; r < 4; r++) a[r] = (word << (4 * i + r) & 0x80008000u) | pair_of_ones<T>();
-}
-
-// Byte offset in the 16-bit input buffer. Chunks of 8 elements are XORed, within groups of eight,
-// by the digits of the group number: whatever the distance of a factor's rows (8 to 4096 elements),
-// the eight rows of an ldmatrix phase fall on different banks.
-__device__ __forceinline__ int input_place(int element) {
-  const int chunk = element >> 3;
-  return ((chunk ^ ((chunk >> 3 ^ chunk >> 6 ^ chunk >> 9) & 7)) << 4) | ((element & 7) << 1);
-}
-
-constexpr int kTilesM = 4;     // 16-row tiles of a factor that a warp computes at once
-constexpr int kMaxTiles = 12;  // order 192
-
-// First factor: 16-bit input -> fp32 exchange buffer. Warps share pieces of 16 columns x 64 result
-// rows; a column is an index of everything but the factor. `zeros`: 16 zero bytes, read for rows
-// past the order.
-template <class T>
-__device__ __forceinline__ void first_factor(const TransformParams& p, const unsigned char* input,
-                                             const unsigned char* zeros, float* exchange, int warp,
-                                             int warps) {
-  const int order = p.dense[0], stride = p.dense_stride[0], l = lane();
-  const int tiles = tiles_of(order), sign_steps = sign_steps_of(order);
-  const int column_tiles = p.n / order / 8, chunks_m = (tiles + kTilesM - 1) / kTilesM;
-  const int pieces = (column_tiles + 1) / 2 * chunks_m;
-  for (int piece = warp; piece < pieces; piece += warps) {
-    const int first_tile = piece % chunks_m * kTilesM, columns = piece / chunks_m * 2;
-    int base[2];  // element of (row 0, first column) of both column tiles
-#pragma unroll
-    for (int c = 0; c < 2; c++) {
-      const int column = min(columns + c, column_tiles - 1) * 8;
-      base[c] = column / stride * stride * order + column % stride;
-    }
-    float sums[kTilesM][2][4];
-#pragma unroll
-    for (int m = 0; m < kTilesM; m++)
-#pragma unroll
-      for (int c = 0; c < 2; c++)
-#pragma unroll
-        for (int r = 0; r < 4; r++) sums[m][c][r] = 0.f;
-
-    const int my_base = l & 16 ? base[1] : base[0];  // lanes 16..31 point at the second column tile
-    for (int step = 0; step < sign_steps; step++) {
-      uint32_t signs[kTilesM];
-#pragma unroll
-      for (int m = 0; m < kTilesM; m++)
-        signs[m] = p.signs[(min(first_tile + m, tiles - 1) * sign_steps + step) * 32 + l];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int row = (step * 4 + i) * 16 + (l & 15);
-        if ((step * 4 + i) * 16 >= order) break;
-        uint32_t b[4];  // k 0..7 and 8..15 of column tile 0, then of tile 1
-        ldmatrix_x4_transposed(b,
-                               row < order ? input + input_place(my_base + row * stride) : zeros);
-#pragma unroll
-        for (int m = 0; m < kTilesM; m++) {
-          if (first_tile + m >= tiles) break;
-          uint32_t a[4];
-          expand_signs<T>(signs[m], i, a);
-          mma_16<T>(sums[m][0], a, b);
-          mma_16<T>(sums[m][1], a, b + 2);
-        }
-      }
-    }
-
-    const int g = l >> 2, q = l & 3;
-#pragma unroll
-    for (int m = 0; m < kTilesM; m++)
-#pragma unroll
-      for (int c = 0; c < 2; c++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const int row = (first_tile + m) * 16 + half * 8 + g;
-          if (row >= order || columns + c >= column_tiles) continue;
-          float x = sums[m][c][2 * half], y = sums[m][c][2 * half + 1];
-          if (p.butterflies & 1) {
-            const float sum = x + y;
-            y = x - y;
-            x = sum;
-          }
-          store_shared<float2>(exchange + exchange_place(base[c] + row * stride + 2 * q),
-                               make_float2(x, y));
-        }
-  }
-}
-
-// x as a sum of three bf16 values, exactly but for a relative 2^-24.
-__device__ __forceinline__ void split_bf16(float x, float y, uint32_t (&parts)[3]) {
-#pragma unroll
-  for (int i = 0; i < 3; i++) {
-    parts[i] = pack_pair<bf16>(x, y);
-    const float2 taken = unpack_pair<bf16>(parts[i]);
-    x -= taken.x;
-    y -= taken.y;
-  }
-}
-
-// A further factor, in place in the exchange buffer: a warp reads all rows of 8 columns, then
-// writes them, so it only races with itself. `signs`: of this factor.
-__device__ __forceinline__ void further_factor(const TransformParams& p, int order, int stride,
-                                               const uint32_t* signs, float* exchange, int warp,
-                                               int warps) {
-  const int l = lane(), g = l >> 2, q = l & 3;
-  const int tiles = tiles_of(order), sign_steps = sign_steps_of(order), columns = p.n / order;
-  for (int first = warp * 8; first < columns; first += warps * 8) {
-    const int column = min(first + g, columns - 1);
-    const int base = column / stride * stride * order + column % stride;
-    float sums[kMaxTiles][4];
-#pragma unroll
-    for (int m = 0; m < kMaxTiles; m++)
-#pragma unroll
-      for (int r = 0; r < 4; r++) sums[m][r] = 0.f;
-
-    for (int k = 0; k < tiles; k++) {
-      float x[4];  // rows 2q, 2q + 1, 2q + 8, 2q + 9
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int row = k * 16 + 2 * q + (i & 1) + (i >> 1) * 8;
-        x[i] =
-            row < order ? load_shared<float>(exchange + exchange_place(base + row * stride)) : 0.f;
-      }
-      uint32_t low[3], high[3];
-      split_bf16(x[0], x[1], low);
-      split_bf16(x[2], x[3], high);
-#pragma unroll
-      for (int m = 0; m < kMaxTiles; m++) {
-        if (m >= tiles) break;
-        uint32_t a[4];
-        expand_signs<bf16>(signs[(m * sign_steps + k / 4) * 32 + l] << (4 * (k & 3)), 0, a);
-#pragma unroll
-        for (int part = 0; part < 3; part++) {
-          const uint32_t b[2] = {low[part], high[part]};
-          mma_16<bf16>(sums[m], a, b);
-        }
-      }
-    }
-    __syncwarp();
-#pragma unroll
-    for (int m = 0; m < kMaxTiles; m++)
-#pragma unroll
-      for (int r = 0; r < 4; r++) {
-        const int row = m * 16 + g + (r >> 1) * 8, mine = first + 2 * q + (r & 1);
-        if (row >= order || mine >= columns) continue;
-        store_shared<float>(exchange + exchange_place(mine / stride * stride * order +
-                                                      mine % stride + row * stride),
-                            sums[m][r]);
-      }
-  }
-}
 
 // Starts copying a row to the input buffer, 16 bytes at a time.
 __device__ __forceinline__ void copy_row(const TransformParams& p, int64_t row, int thread,
@@ -342,8 +173,13 @@ __device__ __forceinline__ void copy_row(const TransformParams& p, int64_t row, 
 // One row per block of threads. T, kSource: as above. A plain row never passes through registers on
 // its way in: the copy of the next one fills the input buffer as soon as the first factor is done
 // with it.
+// The combination of slices has rows of 16384 elements at most, and needs more registers.
+QR_HOST_DEVICE constexpr int dense_threads(int source) {
+  return source == kSourcePartials ? 256 : kMaxThreads;
+}
+
 template <class T, int kSource>
-__global__ void __launch_bounds__(kMaxThreads) dense_rows(const TransformParams p) {
+__global__ void __launch_bounds__(dense_threads(kSource)) dense_rows(const TransformParams p) {
   QR_DYN_SMEM(shared);
   constexpr bool kCopies = kSource == kSourceRow;
   const int thread = threadIdx.x, warp = thread / 32, warps = p.threads_per_row / 32;
@@ -398,16 +234,7 @@ __global__ void __launch_bounds__(kMaxThreads) dense_rows(const TransformParams 
     // ---- back: bits 1..6 in registers, block bits between lanes
     float v[kPerThread];
     read_exchange(exchange, block, thread & 1, v);
-#pragma unroll
-    for (int i = 1; i <= 6; i++)
-      if (p.butterflies >> i & 1) butterfly(v, 1 << (i - 1));
-    for (int i = 0; i < 4; i++)
-      if (p.butterflies >> (7 + i) & 1) {
-        const float sign = thread >> (1 + i) & 1 ? -1.f : 1.f;
-#pragma unroll
-        for (int q = 0; q < kPerThread; q++)
-          v[q] = fmaf(v[q], sign, __shfl_xor_sync(kAllLanes, v[q], 2 << i));
-      }
+    butterflies_behind(p, thread, v);
     finish_row<T>(p, row, thread, block, active_thread, v, slots);
   }
 }
@@ -486,6 +313,13 @@ size_t shared_bytes_of(const TransformParams& p, int source) {
   return exchange + reductions + weights;
 }
 
+// Block bits of a power-of-two row that a thread transforms at the front.
+int block_bits_in_front(const TransformParams& p) {
+  int log_q = 0;
+  while (log_q < 5 && p.blocks % (2 << log_q) == 0) log_q++;
+  return log_q;
+}
+
 // As many blocks as fit the device at 168 registers a thread: a block then takes its next rows
 // itself.
 unsigned persistent_blocks(int64_t blocks, int threads, size_t shared_bytes) {
@@ -501,8 +335,7 @@ unsigned persistent_blocks(int64_t blocks, int threads, size_t shared_bytes) {
 template <class T, int kSource>
 int launch_butterflies(const TransformParams& p, int64_t blocks, int threads, size_t shared,
                        cudaStream_t stream) {
-  int log_q = 0;
-  while (log_q < 5 && p.blocks % (2 << log_q) == 0) log_q++;
+  const int log_q = block_bits_in_front(p);
   if (threads > butterfly_threads(kSource, log_q, false)) {
     if constexpr (kSource != kSourcePartials)
       if (log_q == 5)
@@ -536,8 +369,8 @@ int launch_source(const TransformParams& p, cudaStream_t stream) {
     if (!p.dense[0] && p.butterflies == 0)
       return QR_LAUNCH((plain_rows<T, kSource>), static_cast<unsigned>(blocks), threads,
                        32 * sizeof(float), stream, p);
+  if (!fits_a_block(p, kSource)) return QR_ERROR_UNSUPPORTED_SHAPE;
   const size_t shared = shared_bytes_of(p, kSource);
-  if (shared > device_limits().shared_bytes_per_block) return QR_ERROR_UNSUPPORTED_SHAPE;
   if (p.dense[0])
     return QR_LAUNCH((dense_rows<T, kSource>), persistent_blocks(blocks, threads, shared), threads,
                      shared, stream, p);
@@ -545,6 +378,17 @@ int launch_source(const TransformParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
+
+bool fits_a_block(const TransformParams& p, int source) {
+  if (p.n > kMaxRow) return false;
+  if (p.butterflies == 0 && !p.dense[0]) return true;
+  if (shared_bytes_of(p, source) > device_limits().shared_bytes_per_block) return false;
+  const int threads = p.threads_per_row * p.rows_per_block;
+  if (p.dense[0]) return threads <= dense_threads(source);
+  const int log_q = block_bits_in_front(p);
+  if (threads <= butterfly_threads(source, log_q, false)) return true;
+  return source != kSourcePartials && log_q == 5 && threads <= kMaxThreads;
+}
 
 int launch_transform(const TransformParams& p, int dtype, int source, cudaStream_t stream) {
   if (p.rows == 0) return QR_OK;
@@ -586,9 +430,9 @@ int apply_plan(const qr_hadamard_plan& plan, TransformParams* p) {
       p->dense_stride[f] = static_cast<int>(stride);
       stride *= plan.dense[f];
       order *= plan.dense[f];
-      if (stride > kMaxRow) return QR_ERROR_UNSUPPORTED_PLAN;
+      if (stride > kMaxWideRow) return QR_ERROR_UNSUPPORTED_PLAN;
     }
-    if (stride > kMaxRow || p->n % stride) return QR_ERROR_UNSUPPORTED_PLAN;
+    if (stride > kMaxWideRow || p->n % stride) return QR_ERROR_UNSUPPORTED_PLAN;
     if (p->dense[0]) {
       // ldmatrix takes 8 neighbouring columns; lanes hold block bits 0..3.
       if (p->dense_stride[0] % 8) return QR_ERROR_UNSUPPORTED_PLAN;
@@ -606,7 +450,7 @@ int apply_plan(const qr_hadamard_plan& plan, TransformParams* p) {
 
 // Fills sizes from p->n, the plan and the number of rows.
 int plan_rows(const qr_hadamard_plan& plan, TransformParams* p) {
-  if (p->n <= 0 || p->n % kBlock || p->n > kMaxRow) return QR_ERROR_UNSUPPORTED_SHAPE;
+  if (p->n <= 0 || p->n % kBlock || p->n > kMaxWideRow) return QR_ERROR_UNSUPPORTED_SHAPE;
   p->blocks = p->n / kBlock;
   QR_RETURN_IF_ERROR(apply_plan(plan, p));
   const int threads = 2 * p->blocks;
@@ -621,11 +465,22 @@ int plan_rows(const qr_hadamard_plan& plan, TransformParams* p) {
 
 }  // namespace qr
 
+extern "C" QR_EXPORT size_t qr_transform_workspace_size(const qr_transform_args* a) {
+  using namespace qr;
+  if (!a || a->rows <= 0 || a->n <= 0 || a->n > kMaxWideRow) return 0;
+  TransformParams p{};
+  p.n = static_cast<int>(a->n);
+  p.rows = a->rows;
+  if (plan_rows(a->hadamard, &p) != QR_OK) return 0;
+  const int source = a->prologue == QR_PROLOGUE_SILU_MUL ? kSourceGate : kSourceRow;
+  return fits_a_block(p, source) ? 0 : wide_workspace_bytes(p);
+}
+
 extern "C" QR_EXPORT int qr_transform(const qr_transform_args* a, void* stream) {
   using namespace qr;
   if (!a) return QR_ERROR_NULL_POINTER;
   if (!is_activation_dtype(a->dtype)) return QR_ERROR_UNSUPPORTED_DTYPE;
-  if (a->rows < 0 || a->n <= 0 || a->n > kMaxRow) return QR_ERROR_UNSUPPORTED_SHAPE;
+  if (a->rows < 0 || a->n <= 0 || a->n > kMaxWideRow) return QR_ERROR_UNSUPPORTED_SHAPE;
   if (a->prologue < QR_PROLOGUE_NONE || a->prologue > QR_PROLOGUE_SILU_MUL)
     return QR_ERROR_BAD_ARGUMENT;
   if (a->epilogue != QR_EPILOGUE_STORE && a->epilogue != QR_EPILOGUE_QUANTIZE)
@@ -666,6 +521,9 @@ extern "C" QR_EXPORT int qr_transform(const qr_transform_args* a, void* stream) 
   p.epsilon = a->epsilon;
   p.clip_over_qmax = a->clip_ratio / 7.f;
   const int source = a->prologue == QR_PROLOGUE_SILU_MUL ? kSourceGate : kSourceRow;
+  if (!fits_a_block(p, source))
+    return launch_wide_transform(p, a->dtype, source, a->workspace, a->workspace_bytes,
+                                 static_cast<cudaStream_t>(stream));
   return launch_transform(p, a->dtype, source, static_cast<cudaStream_t>(stream));
 }
 
@@ -696,7 +554,7 @@ bool merge_factors(const int32_t* factors, int32_t count, int64_t* butterflies,
       merged[(*merged_count)++] = {twos * factor, twos, factor};
       twos = 1;
     }
-    if (twos > qr::kMaxRow) return false;
+    if (twos > qr::kMaxWideRow) return false;
   }
   *butterflies = twos;
   return true;

@@ -36,8 +36,8 @@ const DeviceLimits& device_limits() {
 // Few multiprocessors, so that persistent kernels loop even over the small problems of the tests.
 const DeviceLimits& device_limits() {
   static thread_local DeviceLimits limits;
-  limits = {emu::options().compute_capability, 2, emu::kMaxSharedBytes,
-            emu::kMaxSharedBytes + 1024};
+  const size_t shared = emu::max_shared_bytes();
+  limits = {emu::options().compute_capability, 2, shared, shared + 1024};
   return limits;
 }
 

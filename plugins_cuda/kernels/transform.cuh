@@ -39,7 +39,8 @@ constexpr int kPerThread = 64;  // of them, one thread's
 constexpr int kPairs = 32;      // 32-bit words of input that a thread loads: 64 elements of 16 bits
 constexpr int kMaxRow = 32768;  // 512 threads
 constexpr int kMaxThreads = kMaxRow / kPerThread;
-constexpr int kMaxDense = 3;  // QR_MAX_DENSE_FACTORS
+constexpr int kMaxWideRow = 65536;  // rows in several blocks of threads (hadamard_wide.cu)
+constexpr int kMaxDense = 3;        // QR_MAX_DENSE_FACTORS
 
 struct TransformParams {
   // ---- in
@@ -110,6 +111,7 @@ struct FrontItems {
 };
 // ChunkItems: 8 neighbouring elements per 16-byte load, for rows that are not transformed.
 struct ChunkItems {
+  static constexpr int kItems = kPairs / 4;
   static __device__ __forceinline__ int element(int thread, int word, int blocks) {
     return (thread + 2 * blocks * (word >> 2)) * 8 + 2 * (word & 3);
   }
@@ -197,9 +199,12 @@ __device__ __forceinline__ void apply_prologue(const TransformParams& p, int64_t
 #pragma unroll 1  // a slice at a time: its 32 loads are in flight together
       for (int s = 0; s < p.splits; s++) {
         const float* slice = p.partials + (row * p.splits + s) * p.n;
+        // ptxas keeps 16 addresses from slice to slice, for which there are no registers on sm_120;
+        // 32 it does not try to keep.
+        const int mine = Items::kItems == 16 ? opaque(thread) : thread;
 #pragma unroll
         for (int w = 0; w < kPairs; w++) {
-          const int element = Items::element(thread, w, p.blocks);
+          const int element = Items::element(mine, w, p.blocks);
           const float2 part = *reinterpret_cast<const float2*>(slice + element);
           const float weight =
               load_shared<float>(slice_weights + s * heads + (element >> p.log_head_dim));
@@ -304,19 +309,69 @@ __device__ __forceinline__ uint32_t four_codes(float a, float b, float c, float 
   return __byte_perm(__byte_perm(t[0], t[1], 0x0040), __byte_perm(t[2], t[3], 0x0040), 0x5410);
 }
 
+// The scale of a row whose largest |v| is `maximum`, before the norm.
+__device__ __forceinline__ float scale_of_maximum(const TransformParams& p, float maximum) {
+  const float amax = __fmul_rn(maximum, p.norm);
+  return amax == 0.f ? 1.f : __fmul_rn(amax, p.clip_over_qmax);
+}
+
 // The scale of the row that v is part of: max|v * norm| * clip / qmax, or 1. A barrier passes.
 __device__ __forceinline__ float row_scale(const TransformParams& p, const float (&v)[kPerThread],
                                            bool active, float* slots) {
   float amax = 0.f;
 #pragma unroll
   for (int q = 0; q < kPerThread; q++) amax = fmaxf(amax, fabsf(v[q]));
-  amax = __fmul_rn(reduce_row<true>(p, active ? amax : 0.f, slots), p.norm);
-  return amax == 0.f ? 1.f : __fmul_rn(amax, p.clip_over_qmax);
+  return scale_of_maximum(p, reduce_row<true>(p, active ? amax : 0.f, slots));
 }
 
 __device__ __forceinline__ void store_16(void* pointer, uint32_t a, uint32_t b, uint32_t c,
                                          uint32_t d) {
   *static_cast<uint4*>(pointer) = make_uint4(a, b, c, d);
+}
+
+// The codes of 64 values (unnormalized, see read_exchange) of a block, the even-indexed or the odd
+// ones, in p.layout. Both threads of a block take part, active or not.
+__device__ __forceinline__ void store_codes(const TransformParams& p, int64_t row, bool odd,
+                                            int block, bool active, const float (&v)[kPerThread],
+                                            float scale) {
+  const RowDivider divider = row_divider(p.norm, scale);
+
+  if (p.layout == QR_LAYOUT_ACTIVATIONS_SPLIT_V1) {
+    // Chunks of 16 codes: per 64 codes two of evens, two of odds; the swizzle permutes them in the
+    // row.
+    const int64_t padded_rows = (p.rows + 7) & ~int64_t{7};
+    uint8_t* line = static_cast<uint8_t*>(p.codes) + (block * padded_rows + row) * kBlock;
+#pragma unroll
+    for (int chunk = 0; chunk < 4; chunk++) {
+      uint32_t w[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int q = 16 * chunk + 4 * i;
+        w[i] = four_codes(v[q], v[q + 1], v[q + 2], v[q + 3], divider);
+      }
+      const int place = (chunk >> 1) * 4 + odd * 2 + (chunk & 1);
+      if (active)
+        store_16(line + ((place ^ static_cast<int>(row & 7)) << 4), w[0], w[1], w[2], w[3]);
+    }
+    return;
+  }
+
+  uint8_t* packed = static_cast<uint8_t*>(p.codes) + row * (p.n / 2) + block * (kBlock / 2);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    uint32_t w[8], out[4];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const int q = 32 * half + 4 * i;
+      w[i] = four_codes(v[q], v[q + 1], v[q + 2], v[q + 3], divider) & 0x0F0F0F0Fu;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {  // the even thread makes words 0..3 of eight, the odd one 4..7
+      const uint32_t theirs = __shfl_xor_sync(kAllLanes, odd ? w[i] : w[4 + i], 1);
+      out[i] = odd ? theirs | w[4 + i] << 4 : w[i] | theirs << 4;
+    }
+    if (active) store_16(packed + half * 32 + odd * 16, out[0], out[1], out[2], out[3]);
+  }
 }
 
 // The end of a row: v (unnormalized, see read_exchange) as T, or quantized. A barrier passes
@@ -356,44 +411,7 @@ __device__ __forceinline__ void finish_row(const TransformParams& p, int64_t row
 
   const float scale = row_scale(p, v, active, slots);
   if (active && thread == 0) p.scale[row] = scale;
-  const RowDivider divider = row_divider(p.norm, scale);
-
-  if (p.layout == QR_LAYOUT_ACTIVATIONS_SPLIT_V1) {
-    // Chunks of 16 codes: per 64 codes two of evens, two of odds; the swizzle permutes them in the
-    // row.
-    const int64_t padded_rows = (p.rows + 7) & ~int64_t{7};
-    uint8_t* line = static_cast<uint8_t*>(p.codes) + (block * padded_rows + row) * kBlock;
-#pragma unroll
-    for (int chunk = 0; chunk < 4; chunk++) {
-      uint32_t w[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int q = 16 * chunk + 4 * i;
-        w[i] = four_codes(v[q], v[q + 1], v[q + 2], v[q + 3], divider);
-      }
-      const int place = (chunk >> 1) * 4 + odd * 2 + (chunk & 1);
-      if (active)
-        store_16(line + ((place ^ static_cast<int>(row & 7)) << 4), w[0], w[1], w[2], w[3]);
-    }
-    return;
-  }
-
-  uint8_t* packed = static_cast<uint8_t*>(p.codes) + row * (p.n / 2) + block * (kBlock / 2);
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    uint32_t w[8], out[4];
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int q = 32 * half + 4 * i;
-      w[i] = four_codes(v[q], v[q + 1], v[q + 2], v[q + 3], divider) & 0x0F0F0F0Fu;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {  // the even thread makes words 0..3 of eight, the odd one 4..7
-      const uint32_t theirs = __shfl_xor_sync(kAllLanes, odd ? w[i] : w[4 + i], 1);
-      out[i] = odd ? theirs | w[4 + i] << 4 : w[i] | theirs << 4;
-    }
-    if (active) store_16(packed + half * 32 + odd * 16, out[0], out[1], out[2], out[3]);
-  }
+  store_codes(p, row, odd, block, active, v, scale);
 }
 
 }  // namespace qr

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from quarot_onnx.errors import MissingDependencyError, UnsupportedModelError
 from quarot_onnx.plugins.layouts import Layout
 
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 
 Pointer = Any
 """An int, a NumPy array, or an object with data_ptr() or __cuda_array_interface__; None is null."""
@@ -101,6 +101,8 @@ class _TransformArgs(Structure):
         ("y", c_void_p),
         ("codes", c_void_p),
         ("scale", c_void_p),
+        ("workspace", c_void_p),
+        ("workspace_bytes", c_size_t),
     ]
 
 
@@ -280,6 +282,7 @@ class Kernels:
         ):
             getattr(library, name).argtypes = [POINTER(args), c_void_p]
         for name, sized in (
+            ("qr_transform_workspace_size", _TransformArgs),
             ("qr_gemm_workspace_size", GemmArgs),
             ("qr_kv_attention_workspace_size", _KvAttentionArgs),
         ):
@@ -370,9 +373,14 @@ class Kernels:
         scale: Pointer = None,
         layout: int = Layout.ACTIVATIONS_PACKED_V1,
         clip_ratio: float = 0.9,
+        workspace: Pointer = None,
+        workspace_bytes: int = 0,
         stream: int | None = None,
     ) -> None:
-        """``qr_transform``: prologue, Hadamard, and ``y`` or else ``codes`` and ``scale``."""
+        """``qr_transform``: prologue, Hadamard, and ``y`` or else ``codes`` and ``scale``.
+
+        ``workspace`` holds ``transform_workspace_size`` bytes, on the device.
+        """
         args = _TransformArgs(
             dtype=dtype,
             prologue=prologue,
@@ -391,8 +399,26 @@ class Kernels:
             y=_address(y),
             codes=_address(codes),
             scale=_address(scale),
+            workspace=_address(workspace),
+            workspace_bytes=workspace_bytes,
         )
         self.check(self.library.qr_transform(byref(args), stream), f"transform(rows={rows}, n={n})")
+
+    def transform_workspace_size(
+        self,
+        rows: int,
+        n: int,
+        hadamard: HadamardPlan | None = None,
+        prologue: Prologue = Prologue.NONE,
+    ) -> int:
+        """Bytes that ``transform`` needs on the current device: 0 unless a row is too wide."""
+        args = _TransformArgs(
+            rows=rows,
+            n=n,
+            prologue=prologue,
+            hadamard=HadamardPlan() if hadamard is None else hadamard,
+        )
+        return int(self.library.qr_transform_workspace_size(byref(args)))
 
     # KV cache
 

@@ -3,15 +3,18 @@
 
 from tests.kernels.mutants_gemm import Mutant
 
-TRANSFORM, HADAMARD, APPEND, ATTENTION, CACHE = (
+TRANSFORM, HADAMARD, DENSE, WIDE, APPEND, ATTENTION, CACHE = (
     "kernels/transform.cuh",
     "kernels/hadamard.cu",
+    "kernels/dense.cuh",
+    "kernels/hadamard_wide.cu",
     "kernels/kv_append.cu",
     "kernels/kv_attention.cu",
     "kernels/kv_cache.cuh",
 )
 CODES = "test_hadamard and fused_codes"
 INTEGERS = "test_hadamard and integers_give"
+WIDE_CODES = "test_hadamard and wide_rows_give"
 DECODE = "test_kv_cache and decode_attends"
 PREFILL = "test_kv_cache and prefill_attends"
 
@@ -83,8 +86,8 @@ MUTANTS = (
     Mutant(
         "rows: the next row's loads take this row again",
         HADAMARD,
-        "load_row<kSource, Items>(p, row + step, thread, words, up);",
-        "load_row<kSource, Items>(p, row, thread, words, up);",
+        "load_row<kSource, Items>(p, row + step, mine, words, up);",
+        "load_row<kSource, Items>(p, row, mine, words, up);",
         "test_hadamard and any_number_of_rows",
     ),
     Mutant(
@@ -176,35 +179,35 @@ MUTANTS = (
     ),
     Mutant(
         "dense: rows past the order are not zero",
-        HADAMARD,
+        DENSE,
         "row < order ? input + input_place(my_base + row * stride) : zeros",
         "input + input_place(my_base + min(row, order - 1) * stride)",
         CODES,
     ),
     Mutant(
         "dense: both column tiles read the first one's columns",
-        HADAMARD,
+        DENSE,
         "const int my_base = l & 16 ? base[1] : base[0];",
         "const int my_base = base[0];",
         CODES,
     ),
     Mutant(
         "dense: a further factor keeps only 8 bits of its input",
-        HADAMARD,
+        DENSE,
         "for (int part = 0; part < 3; part++)",
         "for (int part = 0; part < 1; part++)",
         CODES,
     ),
     Mutant(
         "dense: a further factor keeps only 16 bits of its input",
-        HADAMARD,
+        DENSE,
         "for (int part = 0; part < 3; part++)",
         "for (int part = 0; part < 2; part++)",
         "test_hadamard and (integers_give or fused_codes)",
     ),
     Mutant(
         "dense: a further factor overwrites rows that other lanes still read",
-        HADAMARD,
+        DENSE,
         "    __syncwarp();\n",
         "",
         CODES,
@@ -225,7 +228,7 @@ MUTANTS = (
     ),
     Mutant(
         "dense: input rows are not swizzled",
-        HADAMARD,
+        DENSE,
         "((chunk ^ ((chunk >> 3 ^ chunk >> 6 ^ chunk >> 9) & 7)) << 4)",
         "(chunk << 4)",
         "few_bank_conflicts",
@@ -251,6 +254,56 @@ MUTANTS = (
         "  __syncthreads();  // RMSNorm's use of `slots` is over\n",
         "",
         "test_hadamard and rms_norm",
+    ),
+    # ---- wide rows
+    Mutant(
+        "wide: columns past the row are stored",
+        WIDE,
+        "    if (at >= w.columns) continue;\n",
+        "",
+        WIDE_CODES,
+    ),
+    Mutant(
+        "wide: a Sylvester sign is that of the rows' distance",
+        WIDE,
+        "int common = row & column;",
+        "int common = row ^ column;",
+        WIDE_CODES,
+    ),
+    Mutant(
+        "wide: the maximum of a tile that happens to be last",
+        WIDE,
+        "atomic_max(w.maximum + row, __float_as_int(maximum))",
+        "w.maximum[row] = __float_as_int(maximum)",
+        WIDE_CODES,
+    ),
+    Mutant(
+        "wide: the maximum is not put to zero before",
+        WIDE,
+        "w.maximum[row] = 0;",
+        "w.maximum[row] = __float_as_int(1e4f);",
+        WIDE_CODES,
+    ),
+    Mutant(
+        "wide: further factors take the first one's signs",
+        WIDE,
+        "    signs += sign_words_of(w.row.dense[f - 1]);\n",
+        "",
+        WIDE_CODES,
+    ),
+    Mutant(
+        "wide: the tile's segments are transformed before all have arrived",
+        WIDE,
+        "2 * i));\n  __syncthreads();",
+        "2 * i));",
+        WIDE_CODES,
+    ),
+    Mutant(
+        "wide: even and odd values change places in the workspace",
+        WIDE,
+        "v[4 * i] = part.x, v[4 * i + 1] = part.y",
+        "v[4 * i] = part.y, v[4 * i + 1] = part.x",
+        WIDE_CODES,
     ),
     # ---- append
     Mutant(

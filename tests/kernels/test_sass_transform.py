@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from quarot_onnx.errors import MissingDependencyError
-from quarot_onnx.plugins.build import find_nvcc
+from quarot_onnx.plugins.build import ARCHITECTURES, find_nvcc
 from tests.kernels.test_sass import CUOBJDUMP, Kernel, compiled, disassemble
 
-ARCHITECTURES = ["80", "90a"]
-FILES = ["hadamard", "kv_append", "kv_attention"]
+INSPECTED = ["80", "90a"]
+FILES = ["hadamard", "hadamard_wide", "kv_append", "kv_attention"]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def named(kernels: tuple[Kernel, ...], name: str) -> list[Kernel]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", INSPECTED)
 def test_dense_factors_run_on_tensor_cores_and_butterflies_do_not(kernels_of, architecture):
     kernels = kernels_of("hadamard", architecture)
     for kernel in named(kernels, "dense_rows"):
@@ -58,7 +58,17 @@ def test_dense_factors_run_on_tensor_cores_and_butterflies_do_not(kernels_of, ar
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", INSPECTED)
+def test_the_factors_of_wide_rows_run_on_tensor_cores(kernels_of, architecture):
+    kernels = kernels_of("hadamard_wide", architecture)
+    for kernel in [*named(kernels, "wide_first"), *named(kernels, "wide_rest")]:
+        assert kernel.count(r"HMMA\.16816\.F32") > 0
+    for kernel in named(kernels, "wide_rest"):
+        assert kernel.count("STG.E.128") >= 16, "values go to the workspace 16 bytes at a time"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", INSPECTED)
 def test_attention_reads_codes_by_the_matrix_and_multiplies_them_on_tensor_cores(
     kernels_of, architecture
 ):
