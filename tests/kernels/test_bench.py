@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU lane without a GPU: every stage runs under emulation, and the table always comes."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 BENCH = Path(__file__).parents[2] / "plugins_cuda" / "bench" / "bench.py"
@@ -62,3 +64,44 @@ def test_an_unknown_stage_is_refused():
     done = run("--stages", "warmup")
     assert done.returncode == 2
     assert "unknown stages ['warmup']; there are probe" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def cublaslt(tmp_path_factory):
+    """The baseline's module, and a CublasLt over a stub with the prototypes of cublasLt.h."""
+    spec = importlib.util.spec_from_file_location("cublaslt", BENCH.with_name("cublaslt.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    library = tmp_path_factory.mktemp("stub") / "libcublasLt.so"
+    source = str(Path(__file__).with_name("cublaslt_stub.cpp"))
+    subprocess.run(
+        ["g++", "-std=c++17", "-Wall", "-Wextra", "-shared", "-fPIC", source, "-o", str(library)],
+        check=True,
+    )
+    return module, module.CublasLt(library)
+
+
+def test_the_int8_baseline_hands_its_arguments_over_as_the_header_says(cublaslt):
+    module, baseline = cublaslt
+    random = np.random.default_rng(0)
+    x, w = (random.integers(-128, 128, shape, np.int8) for shape in ((5, 64), (12, 64)))
+    y = np.full((5, 12), -1, np.int32)
+    workspace = np.zeros(16, np.uint8)
+    addresses = (a.ctypes.data for a in (x, w, y, workspace))
+    baseline.int8_gemm(5, 12, 64, *addresses)(None)
+    assert (y == x.astype(np.int32) @ w.astype(np.int32).T).all()
+    assert module.WORKSPACE_BYTES == 64 << 20
+
+
+def test_a_shape_without_an_algorithm_is_an_error_that_names_it(cublaslt):
+    _, baseline = cublaslt
+    with pytest.raises(RuntimeError, match="no algorithm for int8 5 x 12 x 63"):
+        baseline.int8_gemm(5, 12, 63, 16, 16, 16, 16)
+
+
+def test_another_library_is_not_taken_for_cublaslt(cublaslt, library):
+    module, _ = cublaslt
+    with pytest.raises(OSError, match="has no cublasLtCreate"):
+        module.CublasLt(Path(library.abi._name))
