@@ -474,7 +474,7 @@ def test_a_wide_row_without_its_workspace_or_behind_a_norm_is_refused(library):
     [
         *(768, 1536, 2560, 3072, 4096, 4864, 5632, 6144, 6912, 8192, 8960, 9216, 9728, 10240),
         *(11008, 12288, 13824, 14336, 16384, 17408, 17920, 18944, 22016, 24576, 25600, 27648),
-        *(21504, 28672, 29568, 32768, 36864, 53248),
+        *(1408, 15360, 21504, 28672, 29568, 32768, 36864, 53248),
     ],
 )
 def test_every_intermediate_size_of_known_models_is_supported(transform, n, capability):
