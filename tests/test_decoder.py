@@ -62,6 +62,9 @@ def test_replacing_a_linears_node_keeps_the_handle_true() -> None:
     up.replace(decoder.model.graph, new)
     assert up.name == "/new"
     assert any(user.name == "/layers.0/Mul" for user, _ in new.outputs[0].uses())
+    names = [node.name for node in decoder.model.graph]
+    assert "/layers.0/up_proj/MatMul" not in names
+    assert names.index("/new") == names.index("/layers.0/gate_proj/MatMul") + 1
     assert new.outputs[0].shape is not None
 
 
@@ -150,6 +153,60 @@ def test_refuses_a_residual_stream_that_branches() -> None:
     model.graph.append(branch)
     with pytest.raises(UnsupportedModelError, match="branch: the residual stream branches"):
         Decoder.locate(model)
+
+
+def test_refuses_a_third_writer_of_a_layer() -> None:
+    model = small_decoder()
+    nodes = {node.name: node for node in model.graph}
+    add, norm = nodes["/layers.0/Add_1"], nodes["/norm/RMSNormalization"]
+    x = nodes["/layers.0/down_proj/MatMul"].inputs[0]
+    other = _add_linear(model, x, "layers.0.down_proj.weight", "other")
+    further = ir.node("Add", [add.outputs[0], other], name="/further")
+    norm.replace_input_with(0, further.outputs[0])
+    model.graph.append(further)
+    with pytest.raises(UnsupportedModelError) as caught:
+        Decoder.locate(model)
+    assert str(caught.value) == (
+        "graph: 1 attentions, 2 norms and 3 writers of the residual stream; "
+        "expected a norm and a writer per half of a layer"
+    )
+
+
+def test_refuses_a_layer_whose_halves_are_swapped() -> None:
+    model = small_decoder()
+    nodes = {node.name: node for node in model.graph}
+    first, second = nodes["/layers.0/Add"], nodes["/layers.0/Add_1"]
+    attention, mlp = first.inputs[1], second.inputs[1]
+    first.replace_input_with(1, mlp)
+    second.replace_input_with(1, attention)
+    with pytest.raises(UnsupportedModelError) as caught:
+        Decoder.locate(model)
+    assert str(caught.value) == (
+        "/layers.0/Attention: its output does not reach /layers.0/down_proj/MatMul; "
+        "this architecture is not supported"
+    )
+
+
+def test_refuses_two_heads() -> None:
+    model = small_decoder()
+    head = next(node for node in model.graph if node.name == "/lm_head/MatMul")
+    _add_linear(model, head.inputs[0], "lm_head.weight", "second_head")
+    with pytest.raises(UnsupportedModelError) as caught:
+        Decoder.locate(model)
+    assert str(caught.value) == (
+        "/norm/RMSNormalization: 2 linears read the final norm, expected the head"
+    )
+
+
+def test_refuses_a_cache_whose_heads_have_no_fixed_number() -> None:
+    model = small_decoder()
+    cache = next(v for v in model.graph.inputs if v.name == "past_key_values.0.key")
+    cache.shape = ir.Shape(["B", "H", "P", 4])
+    with pytest.raises(UnsupportedModelError) as caught:
+        Decoder.locate(model)
+    assert str(caught.value) == (
+        "/layers.0/Attention: the cache has no fixed number and size of heads"
+    )
 
 
 def test_refuses_a_residual_stream_that_is_an_output() -> None:
