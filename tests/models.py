@@ -18,6 +18,40 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 6,
     },
     "qwen3-head-dim": {"config": transformers.Qwen3Config, "head_dim": 32},
+    "phi3": {"config": transformers.Phi3Config, "pad_token_id": 0, "eos_token_id": 1},
+    "gemma2": {
+        "config": transformers.Gemma2Config,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+        "tie_word_embeddings": True,
+    },
+    "gemma3": {
+        "config": transformers.Gemma3TextConfig,
+        "head_dim": 32,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "tie_word_embeddings": True,
+    },
+    "opt": {
+        "config": transformers.OPTConfig,
+        "ffn_dim": 176,
+        "num_key_value_heads": 4,
+        "word_embed_proj_dim": 96,
+        "tie_word_embeddings": True,
+    },
+    "gpt-neox": {
+        "config": transformers.GPTNeoXConfig,
+        "num_key_value_heads": 4,
+        "rotary_pct": 0.25,
+    },
+    "gpt-neox-sequential": {
+        "config": transformers.GPTNeoXConfig,
+        "num_key_value_heads": 4,
+        "use_parallel_residual": False,
+    },
 }
 """Name -> configuration class and what differs from the common small shape."""
 

@@ -20,7 +20,7 @@ def _refusal(old: str, new: str, **options: object) -> str:
 def test_locates_every_part_of_every_layer() -> None:
     decoder = located(num_layers=2)
     assert decoder.hidden_size == 8
-    assert decoder.embedding.name == "/embed/Gather"
+    assert [node.name for node in decoder.embeddings] == ["/embed/Gather"]
     assert decoder.lm_head.name == "/lm_head/MatMul"
     assert [norm.name for norm in decoder.norms] == [
         "/layers.0/norm_1/RMSNormalization",
@@ -38,7 +38,7 @@ def test_locates_every_part_of_every_layer() -> None:
         assert layer.attention.value_append.outputs[0].name == f"present.{index}.value"
         sizes = (layer.attention.num_heads, layer.attention.num_kv_heads, layer.attention.head_dim)
         assert sizes == (4, 2, 4)
-    assert [writer.module for writer in decoder.writers[:2]] == [
+    assert [writer.linear.module for writer in decoder.writers[:2]] == [
         "/layers.0/o_proj",
         "/layers.0/down_proj",
     ]
@@ -121,8 +121,7 @@ def test_refuses_a_shared_weight() -> None:
             'd0_out = MatMul (d0, "layers.0.down_proj.weight")',
             "d0_gate = Sigmoid (g0)\nd0_other = Mul (g0, d0_gate)\n"
             'd0_out = MatMul (d0_other, "layers.0.down_proj.weight")',
-            "its input does not come from the linears behind "
-            "/layers.0/norm_2/RMSNormalization",
+            "/layers.0/up_proj/MatMul: reads the residual stream and no writer depends on it",
         ),
     ],
     ids=lambda value: None,

@@ -51,13 +51,14 @@ def test_every_residual_state_is_rotated() -> None:
     FuseNormScalePass(decoder)()
     rotation = Rotation("random_orthogonal", 8, 3, "R1")
     Q = rotation.rotate_outputs(np.eye(8))
-    embedding = decoder.embedding_weight.float64()
-    writers = [(w.weight.float64(), w.bias and w.bias.float64()) for w in decoder.writers]
+    embedding = decoder.embedding_weights[0].float64()
+    linears = [writer.linear for writer in decoder.writers]
+    writers = [(w.weight.float64(), w.bias and w.bias.float64()) for w in linears]
     readers = [r.weight.float64() for norm in decoder.norms for r in norm.readers]
     FuseR1Pass(decoder, rotation)()
     close = {"atol": 1e-14}
-    np.testing.assert_allclose(decoder.embedding_weight.float64(), embedding @ Q, **close)
-    for writer, (weight, bias) in zip(decoder.writers, writers, strict=True):
+    np.testing.assert_allclose(decoder.embedding_weights[0].float64(), embedding @ Q, **close)
+    for writer, (weight, bias) in zip(linears, writers, strict=True):
         np.testing.assert_allclose(writer.weight.float64(), weight @ Q, **close)
         if bias is not None:
             np.testing.assert_allclose(writer.bias.float64(), bias @ Q, **close)
