@@ -30,6 +30,10 @@ SUPPORTED = (
 )
 """Values of ``model_type`` in config.json."""
 
+LLAMA_MODULES = ("llama", "mistral", "qwen2", "qwen3")
+"""Those whose modules and weights on disk are Llama's: the PyTorch model of the artifact's codes
+(`quarot_onnx.reference.FakeQuantModel`) and the comparison of weights are written for them."""
+
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _INTERMEDIATE_SIZE = ("ffn_dim", "intermediate_size")
 _ACTIVATION = ("hidden_activation", "hidden_act", "activation_function")
@@ -138,9 +142,9 @@ def load_config(directory: Path, raw: dict[str, Any]) -> "transformers.Pretraine
         config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
             directory, local_files_only=True
         )
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        reason = " ".join(str(error).split()) or repr(error)
-        raise InputError(f"{path}: transformers refuses it ({reason}); repair the file") from error
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, OSError) as e:
+        reason = " ".join(str(e).split()) or repr(e)
+        raise InputError(f"{path}: transformers refuses it ({reason}); repair the file") from e
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None)
     _check_heads(path, heads, heads if kv_heads is None else kv_heads)

@@ -3,8 +3,8 @@
 
 Families write the same decoder in different ways. Each function here turns one of these ways into
 the one that `quarot_onnx.decoder.Decoder` knows, so that neither it nor a pass has a line for a
-family. Nothing is recognized by name; a graph that fits no pattern is left as it is, for the decoder
-to accept or to refuse.
+family. Nothing is recognized by name; a graph that fits no pattern is left as it is, for the
+decoder to accept or to refuse.
 
 No weight is read: what a rewrite does to a weight is stated in the `Reading` of its initializer,
 which says how the checkpoint's tensor becomes it.
@@ -13,10 +13,12 @@ which says how the checkpoint's tensor becomes it.
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
+from numpy.typing import NDArray
 
 from quarot_onnx.export.checkpoint import Rows
 
@@ -87,7 +89,7 @@ def is_weight(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and value.const_value is None
 
 
-def _constant(value: ir.Value | None) -> np.ndarray | None:  # type: ignore[type-arg]
+def _constant(value: ir.Value | None) -> NDArray[Any] | None:
     held = value.const_value if value is not None else None
     return None if held is None else held.numpy()
 
@@ -185,7 +187,7 @@ _ELEMENTWISE = frozenset({"Add", "Mul", "Relu", "Gelu", "Sigmoid", "Tanh", "Erf"
 def batch_flattened_tokens(model: ir.Model) -> None:
     """Tokens keep their axes.
 
-    before: ``t = Reshape(x [B, S, n], [-1, n])``, token by token operators, ``Reshape(., [B, S, m])``
+    before: ``Reshape(x [B, S, n], [-1, n])``, token by token operators, ``Reshape(., [B, S, m])``
     after:  the same operators on [B, S, n]
 
     Both compute every token by itself. Operators of other kinds in between leave it as it is.
@@ -277,9 +279,9 @@ def separate_fused_linears(model: ir.Model) -> None:
     before: ``y = x @ W + b;  q, k, v = columns of y``
     after:  ``q = x @ W[:, Q] + b[Q]`` and so on, since a column of a product needs that column only
 
-    The parts are slices of the features (Phi's ``qkv_proj`` and ``gate_up_proj``), or slices of each
-    head's features (GPT-NeoX's ``query_key_value``); a part's weight is read from those rows of the
-    checkpoint's tensor.
+    The parts are slices of the features (Phi's ``qkv_proj`` and ``gate_up_proj``), or slices of
+    each head's features (GPT-NeoX's ``query_key_value``); a part's weight is read from those rows
+    of the checkpoint's tensor.
     """
     for node in list(model.graph):
         fused = _fused_linear(node)

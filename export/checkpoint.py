@@ -183,7 +183,8 @@ class Rows:
         """The row numbers on disk of some of the selected rows."""
         width = self.stop - self.start
         number = np.arange(selected.start or 0, selected.stop)
-        return number // width * self.period + self.start + number % width
+        found: NDArray[np.intp] = number // width * self.period + self.start + number % width
+        return found
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,8 @@ def _config(directory: Path) -> dict[str, Any]:
             "choose a model that transformers supports itself"
         )
     if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        is_table = isinstance(quantization, dict)
+        method = quantization.get("quant_method") if is_table else quantization
         raise UnsupportedModelError(
             f"{path}: the weights are already quantized ({method}); give the original float model"
         )

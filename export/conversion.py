@@ -6,6 +6,7 @@ them. The same rules are applied to names here; no tensor is read.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import transformers
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -23,11 +24,10 @@ def stored_names(
     Raises:
         UnsupportedModelError: a rule does more than rename.
     """
-    name = transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__
-    rules = [
-        *(get_checkpoint_conversion_mapping(name) or []),
-        *(get_checkpoint_conversion_mapping(config.model_type) or []),
-    ]
+    model: Any = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    rules: list[Any] = []
+    for key in (model.__name__, config.model_type):
+        rules += get_checkpoint_conversion_mapping(key) or []  # type: ignore[no-untyped-call]
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     others = [rule for rule in rules if rule not in renamings]
     names: dict[str, str] = {}
@@ -39,8 +39,8 @@ def stored_names(
             _, pattern = rule.rename_source_key(parameter)
             if pattern is not None:
                 raise UnsupportedModelError(
-                    f"{checkpoint.directory}: tensor {stored} is merged with others by transformers' "
-                    f"rule for {pattern!r}, which is not supported; choose another architecture"
+                    f"{checkpoint.directory}: tensor {stored} is merged with others by the "
+                    f"conversion rule for {pattern!r}, which is not supported; choose another architecture"
                 )
         names[parameter] = stored
     return names

@@ -68,6 +68,9 @@ def onnx_from_huggingface(checkpoint: Checkpoint, dtype: ir.DataType) -> ir.Mode
     set_float_dtype(model, dtype)
     assign_names(model)
     _bind_weights(model, checkpoint, stored, dtype)
+    held = [*model.graph.inputs, *model.graph.initializers.values()]
+    for value in [*held, *(v for node in model.graph for v in node.outputs)]:
+        value.metadata_props.clear()  # the tracer's
     model.ir_version = IR_VERSION
     model.producer_name = "quarot-onnx"
     model.producer_version = None
@@ -88,7 +91,8 @@ def _bind_weights(
             continue
         how = reading(value)
         tied = value.metadata_props.pop(TIED, None)
-        entry = checkpoint.tensor(stored.get(tied if tied in stored else how.tensor, how.tensor))
+        parameter = tied if tied is not None and tied in stored else how.tensor
+        entry = checkpoint.tensor(stored.get(parameter, parameter))
         check_float(entry)
         source = CheckpointSource(entry, how.transposed, how.rows)
         assert value.shape is not None

@@ -154,7 +154,7 @@ def save_model(model: ir.Model, directory: Path, progress: Progress | None = Non
 
 
 def _computed(value: ir.Value) -> ir.TensorProtocol:
-    """A small tensor's numbers, computed here because `ir.to_proto` would wrap an error of theirs."""
+    """A small tensor's numbers, computed here: `ir.to_proto` would wrap their errors."""
     tensor = value.const_value
     assert tensor is not None
     return ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)

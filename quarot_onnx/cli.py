@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from quarot_onnx.errors import GateError, InputError, QuarotError, ResourceError
+from quarot_onnx.errors import InputError, QuarotError, ResourceError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,8 +78,7 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-# --- Commands
-# -----------------------------------------------------------------------------------------
+# --- Commands -------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -125,18 +124,19 @@ def validate(
         list[str] | None, typer.Option(help="A stage that must not be skipped; repeatable.")
     ] = None,
     runtime: Runtime = "ort-cpu",
+    threads: Threads = None,
     as_json: Json = False,
     save_json: SaveJson = None,
 ) -> None:
     """Check an artifact against PyTorch; exit code 10 where it is worse or altered."""
     from quarot_onnx.validate import validate as run_validate  # noqa: PLC0415
 
-    verdict = run_validate(artifact, reference, require=tuple(require or ()), runtime=runtime)
+    verdict = run_validate(
+        artifact, reference, require=tuple(require or ()), runtime=runtime, threads=threads
+    )
     content = verdict.as_json()
     _emit(content, as_json, lambda: _show_verdict(content), save_json)
-    if not verdict.passed:
-        failed = ", ".join(s["id"] for s in content["stages"] if s["status"] == "failed")
-        raise GateError(f"{artifact}: failed {failed}; see the table above")
+    verdict.require_passed()
 
 
 @app.command(name="eval")
@@ -318,8 +318,7 @@ def _options(
     del version
 
 
-# --- Output
-# -------------------------------------------------------------------------------------------
+# --- Output ---------------------------------------------------------------------------------------
 
 
 def _emit(content: Any, as_json: bool, show: Any, save_to: Path | None = None) -> None:

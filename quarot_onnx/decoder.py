@@ -4,8 +4,8 @@
 `Decoder.locate` follows the residual stream from the embedding to the logits. Everything that
 touches it must be one of four things: a norm, whose output only linears read (*readers*), the
 output of a linear that is added to it, perhaps through a norm of its own (*writers*), an embedding
-that is added to it, or a number that it is multiplied by. Whatever else is found is refused by name,
-because a residual stream that is rotated in part is a wrong model that still talks.
+that is added to it, or a number that it is multiplied by. Whatever else is found is refused by
+name, because a residual stream that is rotated in part is a wrong model that still talks.
 
 Halves of a layer may follow each other or run side by side: attention and feed-forward are told
 apart, and paired, by what their inputs are computed from.
@@ -128,13 +128,19 @@ class Linear:
             return self.bias
         name = f"{self.weight.name.removesuffix('.weight')}.bias"
         weight = Weight(name, ArraySource(np.zeros(self.out_features)), self.weight.dtype)
-        value = ir.Value(name=name, type=ir.TensorType(weight.dtype), shape=weight.shape)
+        value = ir.Value(
+            name=name, type=ir.TensorType(weight.dtype), shape=ir.Shape([self.out_features])
+        )
         value.const_value = weight
         graph.initializers[name] = value
         product = self.node.outputs[0]
         node = ir.node("Add", [product, value], name=f"{self.module}/Add")
         result = node.outputs[0]
-        result.type, result.shape, result.name = product.type, product.shape, f"{node.name}_output_0"
+        result.type, result.shape, result.name = (
+            product.type,
+            product.shape,
+            f"{node.name}_output_0",
+        )
         if product.is_graph_output():
             product.name, result.name = f"{self.name}_output_0", product.name
         product.replace_all_uses_with(result, replace_graph_outputs=True)
@@ -428,8 +434,8 @@ class _ResidualStream:
         """Classify the readers of `state`; give the next state, None after the last norm."""
         if state.is_graph_output():
             raise UnsupportedModelError(
-                f"{state.name}: the residual stream is an output of the graph, where a rotation would "
-                "show; remove the output"
+                f"{state.name}: the residual stream is an output of the graph, where a rotation "
+                "would show; remove the output"
             )
         following: list[ir.Value] = []
         for node, position in state.uses():

@@ -117,7 +117,8 @@ def quantize_kv(
 
 def pack_kv(codes: Codes) -> Codes:
     """Two 4-bit cache codes to a byte, low nibble first: [..., d] -> [..., d / 2]."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    packed: Codes = codes[..., 0::2] | np.left_shift(codes[..., 1::2], 4, dtype=np.uint8)
+    return packed
 
 
 def unpack_kv(packed: Codes) -> Codes:
@@ -185,17 +186,16 @@ def kv_attention(
     scores = np.where(mask[:, :, None], scores, np.float32(_MASKED))
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    return (weights @ v[:, :, None]).reshape(q.shape).astype(q.dtype)
+    output: Array = (weights @ v[:, :, None]).reshape(q.shape).astype(q.dtype)
+    return output
 
 
-# --- Conversion between the two storage forms
-# -------------------------------------------------------
+# --- Conversion between the two storage forms -----------------------------------------------------
 
 
 def pack_int4(codes: Array) -> Codes:
     """Kernel storage of signed 4-bit codes: two to a byte along the last axis, low nibble first."""
-    nibbles = codes.astype(np.uint8) & 15
-    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+    return pack_kv(np.bitwise_and(codes.astype(np.uint8), 15, dtype=np.uint8))
 
 
 def unpack_int4(packed: Codes) -> NDArray[np.int8]:
@@ -204,10 +204,9 @@ def unpack_int4(packed: Codes) -> NDArray[np.int8]:
     return (nibbles.astype(np.int8) ^ 8) - 8
 
 
-# --- Function bodies
-# -------------------------------------------------------------------------------- The text is
-# ONNX's own syntax. `@name` is an attribute of the calling node; ONNX Runtime inlines the body and
-# folds everything that depends on attributes and initializers only.
+# --- Function bodies ------------------------------------------------------------------------------
+# The text is ONNX's own syntax. `@name` is an attribute of the calling node; ONNX Runtime inlines
+# the body and folds everything that depends on attributes and initializers only.
 
 _HADAMARD = """
     a = Shape <start = 0, end = 1> (A)
@@ -239,8 +238,8 @@ _HADAMARD_HEADS = """
     y = CastLike (y32, x)
 """
 
-# The ratio is a quotient of negative numbers because ONNX Runtime rewrites ``x * (1 / q)`` to ``x / q``,
-# which is not the same float where clip_ratio is 1.
+# The ratio is a quotient of negative numbers because ONNX Runtime rewrites ``x * (1 / q)`` to
+# ``x / q``, which is not the same float where clip_ratio is 1.
 _QUANTIZE_INT4 = """
     one = Constant <value_float = 1.0> ()
     two = Constant <value_float = 2.0> ()
@@ -369,16 +368,15 @@ _FAKE_QUANTIZE = """
     y = CastLike (value, new)
 """
 
-# A packed byte holds an even channel (low nibble) and the odd one after it. Instead of interleaving
-# the whole cache, the few queries are split into even and odd channels and the few outputs put
-# together. The nibbles are taken in float32, exactly: ONNX Runtime has vector code there, and none
-# for bits of uint8.
+# A packed byte holds an even channel (low nibble) and the odd one after it: even + 16 * odd. Only
+# the odd channels are unpacked, because with byte = even + 16 * odd
+# ``q_even · even + q_odd · odd = q_even · byte + (q_odd - 16 q_even) · odd``, and for the values
+# ``w · even = w · byte - 16 w · odd``. All in float32, exactly for the codes: ONNX Runtime has
+# vector code there, and none for the bits of uint8.
 _UNPACK = """
     {0}_byte = Cast <to = 1> ({0})
     {0}_sixteenth = Mul ({0}_byte, sixteenth)
     {0}_odd = Floor ({0}_sixteenth)
-    {0}_odd_part = Mul ({0}_odd, sixteen)
-    {0}_even = Sub ({0}_byte, {0}_odd_part)
 """
 
 _PACKED_DOTS = f"""
@@ -390,18 +388,22 @@ _PACKED_DOTS = f"""
     query_pairs = Reshape (grouped, pairs)
     query_even = Gather <axis = -1> (query_pairs, first)
     query_odd = Gather <axis = -1> (query_pairs, second)
+    query_even_sixteen = Mul (query_even, sixteen)
+    query_remainder = Sub (query_odd, query_even_sixteen)
     {_UNPACK.format("key")}
-    key_even_columns = Transpose <perm = [0, 1, 3, 2]> (key_even)
+    key_byte_columns = Transpose <perm = [0, 1, 3, 2]> (key_byte)
     key_odd_columns = Transpose <perm = [0, 1, 3, 2]> (key_odd)
-    even_dots = MatMul (query_even, key_even_columns)
-    odd_dots = MatMul (query_odd, key_odd_columns)
-    dots = Add (even_dots, odd_dots)
+    byte_dots = MatMul (query_even, key_byte_columns)
+    odd_dots = MatMul (query_remainder, key_odd_columns)
+    dots = Add (byte_dots, odd_dots)
 """
 
 _PACKED_OUTPUT = f"""
     {_UNPACK.format("value")}
-    even_output = MatMul (scaled_weights, value_even)
+    byte_output = MatMul (scaled_weights, value_byte)
     odd_output = MatMul (scaled_weights, value_odd)
+    odd_output_sixteen = Mul (odd_output, sixteen)
+    even_output = Sub (byte_output, odd_output_sixteen)
     even_column = Unsqueeze (even_output, last)
     odd_column = Unsqueeze (odd_output, last)
     output_pairs = Concat <axis = -1> (even_column, odd_column)
@@ -472,8 +474,7 @@ def _attention_body(dots: str, output: str, *, has_softcap: bool = False) -> str
     """
 
 
-# --- The operators
-# ----------------------------------------------------------------------------------
+# --- The operators --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -612,7 +613,7 @@ def _function_proto(name: str) -> bytes:
     {operator.name} <{attributes}> ({", ".join(operator.inputs)}) => ({", ".join(operator.outputs)})
     {{ {operator.body} }}
     """
-    return onnx.parser.parse_function(text).SerializeToString()
+    return bytes(onnx.parser.parse_function(text).SerializeToString())
 
 
 def function(name: str) -> ir.Function:

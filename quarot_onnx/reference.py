@@ -39,7 +39,7 @@ _FLOAT_BITS = 16
 _EXACT_FLOAT32 = 1 << 24  # every integer up to here is a float32
 
 
-# --- A Hugging Face module as a CausalModel ------------------------------------------------------
+# --- A Hugging Face module as a CausalModel -------------------------------------------------------
 
 
 class TorchModel:

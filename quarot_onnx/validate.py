@@ -43,6 +43,7 @@ from quarot_onnx.rotation import Rotation
 from quarot_onnx.runtime import CausalModel, Ids, Logits, OnnxModel, load_session, load_tokenizer
 
 if TYPE_CHECKING:
+    from quarot_onnx.export.architectures import Dimensions
     from quarot_onnx.export.checkpoint import Checkpoint
     from quarot_onnx.reference import FakeQuantModel, HuggingFaceModel
 
@@ -68,7 +69,6 @@ IDS = (
 
 _SIZES = (
     "hidden_size",
-    "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "vocab_size",
@@ -306,6 +306,16 @@ class _Subject:
         return config
 
     @cached_property
+    def sizes(self) -> "Dimensions":
+        from quarot_onnx.export.architectures import dimensions  # noqa: PLC0415
+
+        try:
+            return dimensions(self.config)
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            path = self.artifact / "config.json"
+            raise InputError(f"{path}: has no usable sizes ({error!r}); export again") from error
+
+    @cached_property
     def graph(self) -> onnx.ModelProto:
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # noqa: PLC0415
 
@@ -369,6 +379,16 @@ class _Subject:
             raise _Skip("no reference was given")
         return self.reference
 
+    def need_llama_modules(self) -> None:
+        from quarot_onnx.export.architectures import LLAMA_MODULES  # noqa: PLC0415
+
+        model_type = self.config.get("model_type")
+        if model_type not in LLAMA_MODULES:
+            raise _Skip(
+                f"written for {', '.join(LLAMA_MODULES)}, not for {model_type}; a rotate-only "
+                "export is compared with Hugging Face in full"
+            )
+
     def need_model(self) -> OnnxModel:
         if not self.is_loaded:
             raise _Skip("the graph was not loaded")
@@ -423,10 +443,9 @@ _Interface = dict[str, tuple[int, list[int | None]]]
 
 def _interface(subject: _Subject) -> tuple[_Interface, _Interface]:
     """Inputs and outputs by name: element type, and shape with None for a symbolic size."""
-    config, cache = subject.config, subject.recipe.kv_cache
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    size = config.get("head_dim") or config["hidden_size"] // heads
+    cache = subject.recipe.kv_cache
+    sizes = subject.sizes
+    size = sizes.head_dim
     int64, float32 = onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
     dtype = _ELEMENT_TYPES[subject.dtype]
     if cache.bits < 16 and cache.io == "packed":
@@ -437,11 +456,11 @@ def _interface(subject: _Subject) -> tuple[_Interface, _Interface]:
     inputs: _Interface = {
         name: (int64, [None, None]) for name in ("input_ids", "attention_mask", "position_ids")
     }
-    outputs: _Interface = {"logits": (dtype, [None, None, config["vocab_size"]])}
-    for index in range(config["num_hidden_layers"]):
+    outputs: _Interface = {"logits": (dtype, [None, None, sizes.vocabulary_size])}
+    for index in range(sizes.num_layers):
         for kind in ("key", "value"):
             for part, (element, last) in parts.items():
-                entry = (element, [None, kv_heads, None, last])
+                entry = (element, [None, sizes.num_kv_heads, None, last])
                 inputs[f"past_key_values.{index}.{kind}{part}"] = entry
                 outputs[f"present.{index}.{kind}{part}"] = entry
     return inputs, outputs
@@ -745,6 +764,7 @@ def _table_error(expected: _ExpectedWeights, name: str, found: NDArray[Any]) -> 
 
 def _weights(subject: _Subject) -> _Finding:
     subject.need_reference()
+    subject.need_llama_modules()
     if not subject.is_finite:
         raise _Skip("weights or logits are not finite")
     errors = list(_weight_errors(subject))
@@ -866,6 +886,7 @@ def _equivalence(subject: _Subject) -> _Finding:
 
 def _logits(subject: _Subject) -> _Finding:
     subject.need_model()
+    subject.need_llama_modules()
     # Rounding moves the logits by `noise`. Two correct implementations differ by ties only, but in
     # a deep model ties cascade until the two are as far apart as two such roundings: sqrt(2) noise.
     noise = Closeness.of(*subject.expected)
@@ -891,6 +912,7 @@ def _quality(subject: _Subject) -> _Finding:
 def _layers(subject: _Subject) -> _Finding:
     """The worst layer by the median token's error, and no token further off than ties explain."""
     subject.need_model()
+    subject.need_llama_modules()
     subject.need_numpy_dtype()
     states, logits = _residual_states(subject)
     model = subject.fake_quant
@@ -997,6 +1019,7 @@ def _padding(subject: _Subject) -> _Finding:
     typical = float(np.median(error))
     allowed = subject.tolerance
     if subject.recipe.is_lossy and subject.dtype != "float32":
+        subject.need_llama_modules()
         allowed = max(allowed, Closeness.of(*subject.expected).relative_l2)
     return _Finding(
         "median relative error of a padded row",

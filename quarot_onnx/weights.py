@@ -62,7 +62,7 @@ class Step:
 
 
 class Weight(ir.TensorProtocol):
-    """A weight that is computed when it is written.
+    """A weight that is computed when it is written; `dtype` is the float dtype it is stored in.
 
     Shapes are in ONNX layout: a linear's weight is [in_features, out_features], so axis 0 is its
     input side and axis 1 its output side; an embedding is [vocabulary, hidden_size]; a bias or a
@@ -71,28 +71,19 @@ class Weight(ir.TensorProtocol):
 
     def __init__(self, name: str, source: Source, dtype: ir.DataType) -> None:
         self.name = name
+        self.shape: ir.ShapeProtocol = ir.Shape(source.shape)
+        self.dtype = dtype
         self.doc_string = None
         self.raw = source
         self.metadata_props: dict[str, str] = {}
         self.meta: dict[str, Any] = {}
         self._source = source
-        self._dtype = dtype
         self._steps: list[Step] = []
-
-    @property
-    def shape(self) -> ir.Shape:
-        """The shape, known without reading."""
-        return ir.Shape(self._source.shape)
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """The shape as plain integers."""
         return tuple(self._source.shape)
-
-    @property
-    def dtype(self) -> ir.DataType:
-        """The float dtype in which it will be stored."""
-        return self._dtype
 
     @property
     def size(self) -> int:
@@ -102,7 +93,7 @@ class Weight(ir.TensorProtocol):
     @property
     def nbytes(self) -> int:
         """The number of bytes when stored."""
-        return int(self.size * self._dtype.itemsize)
+        return int(self.size * self.dtype.itemsize)
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -115,7 +106,7 @@ class Weight(ir.TensorProtocol):
 
     def derive(self, name: str) -> "Weight":
         """A weight of its own that starts as this one is now."""
-        copy = Weight(name, self._source, self._dtype)
+        copy = Weight(name, self._source, self.dtype)
         copy._steps = list(self._steps)
         return copy
 
@@ -134,7 +125,7 @@ class Weight(ir.TensorProtocol):
 
     def _indices(self, axis: int | None) -> Iterator[Index]:
         """Blocks that are whole along every axis but `axis`; one block for None."""
-        sizes = tuple(int(n) for n in self._source.shape)
+        sizes = self.sizes
         if axis is None or self.size == 0:
             yield tuple(slice(0, n) for n in sizes)
             return
@@ -164,21 +155,21 @@ class Weight(ir.TensorProtocol):
         return result
 
     def _rounded(self, values: Float64) -> NDArray[Any]:
-        dtype = self._dtype.numpy()
+        dtype = self.dtype.numpy()
         with np.errstate(over="ignore"):
             rounded: NDArray[Any] = values.astype(dtype)
         if not np.isfinite(rounded).all():
-            is_half = self._dtype == ir.DataType.FLOAT16
+            is_half = self.dtype == ir.DataType.FLOAT16
             remedy = "export with --dtype float32 or bfloat16" if is_half else "repair the model"
             raise InputError(
                 f"{self.name}: max|value| = {np.abs(values).max():.3g} overflows "
-                f"{self._dtype.name.lower()}; {remedy}"
+                f"{self.dtype.name.lower()}; {remedy}"
             )
         return rounded
 
     def numpy(self) -> NDArray[Any]:
         """The whole weight in its dtype."""
-        result = np.empty(self._source.shape, dtype=self._dtype.numpy())
+        result = np.empty(self._source.shape, dtype=self.dtype.numpy())
         self._store(result)
         return result
 
@@ -208,8 +199,8 @@ class Weight(ir.TensorProtocol):
         start = file.tell()
         if hasattr(os, "posix_fallocate"):  # where a full disk fails here, and not in the mapping
             os.posix_fallocate(file.fileno(), start, self.nbytes)
-        shape = tuple(int(n) for n in self._source.shape)
-        self._store(np.memmap(file, self._dtype.numpy(), "r+", start, shape))
+        shape = self.sizes
+        self._store(np.memmap(file, self.dtype.numpy(), "r+", start, shape))
         file.seek(start + self.nbytes)
 
 
@@ -251,17 +242,17 @@ class QuantizedWeight:
         self._quantizer = quantizer
         self._scale: NDArray[np.float32] | None = None
         self.codes = ir.LazyTensor(
-            self._compute_codes, dtype=dtype, shape=weight.shape, name=weight.name
+            self._compute_codes, dtype=dtype, shape=ir.Shape(weight.sizes), name=weight.name
         )
         self.scale = ir.LazyTensor(
             self._take_scale,
             dtype=ir.DataType.FLOAT,
-            shape=ir.Shape([weight.shape[1]]),
+            shape=ir.Shape([weight.sizes[1]]),
             name=f"{weight.name}_scale",
         )
 
     def _compute_codes(self) -> ir.TensorProtocol:
-        in_features, out_features = (int(n) for n in self._weight.shape)
+        in_features, out_features = self._weight.sizes
         codes = np.empty((in_features, out_features), dtype=np.int8)
         scale = np.empty(out_features, dtype=np.float32)
         for (_, columns), block in self._weight.blocks(1, self._quantizer):
@@ -274,6 +265,7 @@ class QuantizedWeight:
     def _take_scale(self) -> ir.TensorProtocol:
         if self._scale is None:
             self._compute_codes()
+        assert self._scale is not None
         return ir.tensor(self._scale, name=self.scale.name)
 
 

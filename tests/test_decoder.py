@@ -171,13 +171,14 @@ def test_refuses_a_linear_of_no_known_role() -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         Decoder.locate(model)
     assert str(caught.value) == (
-        "/stray/MatMul: a linear with no known role (1 in all); "
-        "this architecture is not supported"
+        "/stray/MatMul: a linear with no known role (1 in all); this architecture is not supported"
     )
 
 
 def test_refuses_a_graph_that_is_no_decoder() -> None:
-    text = '<ir_version: 10, opset_import: ["" : 23]> g (float[2] x) => (float[2] y) { y = Abs (x) }'
+    text = (
+        '<ir_version: 10, opset_import: ["" : 23]> g (float[2] x) => (float[2] y) { y = Abs (x) }'
+    )
     with pytest.raises(UnsupportedModelError, match="graph: no Gather of token embeddings"):
         Decoder.locate(ir.from_onnx_text(text))
 

@@ -29,7 +29,9 @@ def _session(
 ) -> Any:
     values = [
         ir.Value(
-            name=f"in_{i}", type=ir.TensorType(dtype), shape=ir.Shape([f"d{i}{j}" for j in range(rank)])
+            name=f"in_{i}",
+            type=ir.TensorType(dtype),
+            shape=ir.Shape([f"d{i}{j}" for j in range(rank)]),
         )
         for i, (dtype, rank) in enumerate(signature)
     ]
@@ -51,7 +53,11 @@ def _output_type(
     if output.endswith(("_q", "_present")):
         return ir.DataType.UINT8
     if output.endswith("_y"):
-        return ir.DataType(attributes["dtype"]) if name.endswith("Gemm") and attributes else signature[0][0]
+        return (
+            ir.DataType(attributes["dtype"])
+            if name.endswith("Gemm") and attributes
+            else signature[0][0]
+        )
     return FLOAT32
 
 
@@ -87,7 +93,7 @@ def _assert_within_ulps(actual: Array, expected: Array, ulps: float) -> None:
     assert difference <= ulps * eps * largest
 
 
-# --- Hadamard ---------------------------------------------------------------------------------------
+# --- Hadamard -------------------------------------------------------------------------------------
 
 
 @given(
@@ -130,7 +136,7 @@ def test_hadamard_heads_equals_its_reference(heads, head_dim, leading, dtype) ->
     np.testing.assert_allclose(y, dense, atol=1e-5 if dtype == np.float32 else 1e-2)
 
 
-# --- Activations ------------------------------------------------------------------------------------
+# --- Activations ----------------------------------------------------------------------------------
 
 
 @given(
@@ -188,7 +194,7 @@ def test_rounding_is_half_to_even() -> None:
     assert (q.astype(int) - 128).tolist() == [[7, 0, 2, 2, 0, -2, -2, -7]]
 
 
-# --- Products ---------------------------------------------------------------------------------------
+# --- Products -------------------------------------------------------------------------------------
 
 
 def _gemm_name(activation_bits: int, weight_bits: int) -> str:
@@ -248,14 +254,10 @@ def test_accumulators_of_extreme_codes_are_exact(bits, in_features, optimized) -
     w = rng.choice([-top, top - 1], size=(in_features, 9))
     w[:, 0], w[:, 1], w[:, 2] = -top, top - 1, 0
     ones = np.ones((5, 1), np.float32)
-    model = _GemmModel(
-        _gemm_name(*bits), _storage(w, weight_bits), np.ones(9, np.float32), FLOAT32
-    )
+    model = _GemmModel(_gemm_name(*bits), _storage(w, weight_bits), np.ones(9, np.float32), FLOAT32)
     exact = (q.astype(np.int64) - 128) @ w
     assert abs(exact).max() > 0
-    np.testing.assert_array_equal(
-        model.run(q, ones, optimized=optimized), exact.astype(np.float32)
-    )
+    np.testing.assert_array_equal(model.run(q, ones, optimized=optimized), exact.astype(np.float32))
 
 
 @given(
@@ -300,10 +302,12 @@ def test_weight_only_gemm_equals_its_reference(dtype) -> None:
     _assert_within_ulps(y, ops.OPERATORS["WeightOnlyGemm"].reference(x, w, w_scale), 8)
 
 
-# --- Cache ------------------------------------------------------------------------------------------
+# --- Cache ----------------------------------------------------------------------------------------
 
 
-def _cache(rng: np.random.Generator, batch: int, heads: int, past: int, size: int, bits: int) -> Any:
+def _cache(
+    rng: np.random.Generator, batch: int, heads: int, past: int, size: int, bits: int
+) -> Any:
     codes, scale, zero = ops.quantize_kv(
         rng.normal(size=(batch, heads, past, size)).astype(np.float32), bits=bits
     )
@@ -378,12 +382,13 @@ def test_kv_fake_quantize_equals_its_reference_exactly(bits, dtype) -> None:
     past=st.integers(0, 4),
     size=st.sampled_from([2, 8, 24]),
     bits=st.sampled_from([4, 8]),
+    softcap=st.sampled_from([0.0, 0.7]),
     dtype=st.sampled_from([np.float32, np.float16]),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=50, deadline=None)
 def test_kv_attention_equals_its_reference(
-    batch, heads, group, length, past, size, bits, dtype, seed
+    batch, heads, group, length, past, size, bits, softcap, dtype, seed
 ) -> None:
     rng = np.random.default_rng(seed)
     total = past + length
@@ -391,10 +396,12 @@ def test_kv_attention_equals_its_reference(
     key = _cache(rng, batch, heads, total, size, bits)
     value = _cache(rng, batch, heads, total, size, bits)
     mask = rng.random((batch, 1, length, total)) < 0.7
-    name = "KvAttention" if bits == 4 else "KvAttentionInt8"
-    (y,) = run(name, q, *key, *value, mask, scale=0.3)
-    expected = ops.kv_attention(q, *key, *value, mask, scale=0.3, bits=bits)
-    _assert_within_ulps(y, expected, 64)
+    name = f"KvAttention{'Softcap' if softcap else ''}{'' if bits == 4 else 'Int8'}"
+    attributes = {"scale": 0.3} | ({"softcap": softcap} if softcap else {})
+    (y,) = run(name, q, *key, *value, mask, **attributes)
+    expected = ops.kv_attention(q, *key, *value, mask, **attributes, bits=bits)
+    # Bytes up to 255 cancel to values of at most 8 steps, and both sums round: 32 times the usual 8.
+    _assert_within_ulps(y, expected, 256)
 
 
 def test_kv_attention_reads_the_cache_head_of_its_group_and_obeys_the_mask() -> None:
@@ -416,7 +423,7 @@ def test_a_query_that_may_look_at_nothing_gets_finite_numbers() -> None:
     assert np.isfinite(y).all()
 
 
-# --- Storage ----------------------------------------------------------------------------------------
+# --- Storage --------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(-8, 7), min_size=1, max_size=20))
@@ -442,7 +449,7 @@ def test_the_even_code_is_in_the_low_nibble() -> None:
     assert codes.ravel().tolist() == [0xC3, 0x0F]
 
 
-# --- All of them ------------------------------------------------------------------------------------
+# --- All of them ----------------------------------------------------------------------------------
 
 
 def _cases() -> dict[str, tuple[list[Array], dict[str, Any]]]:
@@ -454,6 +461,7 @@ def _cases() -> dict[str, tuple[list[Array], dict[str, Any]]]:
     small, large = _cache(rng, 2, 2, 4, 8, 4), _cache(rng, 2, 2, 4, 8, 8)
     queries, mask = _tokens(rng, 2, 4, 3, 8), np.tri(3, 4, 1)[None, None].repeat(2, 0) > 0
     kv = {"bits": 4, "clip_ratio": 0.95}
+    capped = {"scale": 0.5, "softcap": 0.7}
     return {
         "Hadamard": ([x, _orthonormal(12), _orthonormal(4)], {"factors": [12, 4]}),
         "HadamardHeads": ([x, _orthonormal(12)], {"factors": [12]}),
@@ -466,6 +474,8 @@ def _cases() -> dict[str, tuple[list[Array], dict[str, Any]]]:
         "KvFakeQuantize": ([new], kv),
         "KvAttention": ([queries, *small, *small, mask], {"scale": 0.5}),
         "KvAttentionInt8": ([queries, *large, *large, mask], {"scale": 0.5}),
+        "KvAttentionSoftcap": ([queries, *small, *small, mask], capped),
+        "KvAttentionSoftcapInt8": ([queries, *large, *large, mask], capped),
     }
 
 

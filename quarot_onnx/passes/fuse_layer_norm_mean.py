@@ -4,11 +4,11 @@
     before:  y = ((x - mean(x)) / std(x) * gamma + beta) @ W + b          x = E[ids] + f(x) @ W_out
     after:   y = (x / rms(x) * gamma) @ W + (b + beta @ W)                E -> E M, W_out -> W_out M
 
-With ``M = I - 1 1.T / n`` the residual stream is x M instead of x. A LayerNorm subtracts the mean, so
-it cannot see the difference; ``mean(x M) = 0``, so its standard deviation is the root mean square. M
-is linear, so centring everything that is added to the stream centres the sum; biases of writers turn
-with their weights. beta is constant and moves through the linear into its bias. (QuaRot, section 3,
-stage 1a; SliceGPT.)
+With ``M = I - 1 1.T / n`` the residual stream is x M instead of x. A LayerNorm subtracts the mean,
+so it cannot see the difference; ``mean(x M) = 0``, so its standard deviation is the root mean
+square. M is linear, so centring everything that is added to the stream centres the sum; biases of
+writers turn with their weights. beta is constant and moves through the linear into its bias.
+(QuaRot, section 3, stage 1a; SliceGPT.)
 
 Exact for LayerNorm only: where an RMSNorm reads the stream, centring it changes the function, and
 nothing is centred.
@@ -36,8 +36,8 @@ class FuseLayerNormMeanPass(Pass):
         others += [norm.name for norm in self.decoder.post_norms]
         if others:
             raise UnsupportedModelError(
-                f"{others[0]}: not a LayerNorm, so that the centred residual stream would change it; "
-                "export without FuseLayerNormMeanPass"
+                f"{others[0]}: not a LayerNorm, so that the centred residual stream would change "
+                "it; export without FuseLayerNormMeanPass"
             )
 
     def rewrite(self) -> Report:

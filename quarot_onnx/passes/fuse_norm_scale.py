@@ -6,8 +6,8 @@
 
 The function does not change, since ``(u * gamma) @ W = u @ (diag(gamma) @ W)``. A norm without a
 scale commutes with every rotation: ``rms(x Q) = rms(x)``. The embeddings are not centred: that is
-exact for LayerNorm only (QuaRot, section 3, stage 1a). A post-norm (writer, norm, addition) keeps its
-scale, since no linear reads it.
+exact for LayerNorm only (QuaRot, section 3, stage 1a). A post-norm (writer, norm, addition) keeps
+its scale, since no linear reads it.
 """
 
 from functools import partial
@@ -29,7 +29,8 @@ class FuseNormScalePass(Pass):
         found = [norm.name for norm in self.decoder.norms if norm.is_layer_norm]
         if found:
             raise UnsupportedModelError(
-                f"{found[0]}: a LayerNorm, which has a mean and a bias; apply FuseLayerNormMeanPass first"
+                f"{found[0]}: a LayerNorm, which has a mean and a bias; "
+                "apply FuseLayerNormMeanPass first"
             )
 
     def rewrite(self) -> Report:

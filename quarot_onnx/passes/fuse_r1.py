@@ -85,8 +85,8 @@ class FuseR1Pass(Pass):
             return "post-norms keep their scale, and rotations.post_norm = skip_r1"
         if self.rotation.plan is None:
             return (
-                f"post-norms keep their scale, and a {self.rotation.describe()} has no fast form to "
-                "run behind them"
+                f"post-norms keep their scale, and a {self.rotation.describe()} has no fast form "
+                "to run behind them"
             )
         return ""
 
@@ -102,4 +102,5 @@ class FuseR1Pass(Pass):
         if not count:
             return ""
         assert self.rotation.plan is not None
-        return f"; online after {count} post-norms, {self.rotation.plan.cost} multiply-adds a token each"
+        cost = self.rotation.plan.cost
+        return f"; online after {count} post-norms, {cost} multiply-adds a token each"

@@ -34,7 +34,8 @@ class QuantizeActivationsPass(Pass):
         for linear in self.decoder.linears:
             if linear.node.op_type != "WeightOnlyGemm":
                 raise UnsupportedModelError(
-                    f"{linear.name}: its weight is float; integer products need weights.bits below 16"
+                    f"{linear.name}: its weight is float; "
+                    "integer products need weights.bits below 16"
                 )
 
     def rewrite(self) -> Report:

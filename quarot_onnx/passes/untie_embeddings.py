@@ -42,7 +42,7 @@ def untie_embeddings(model: ir.Model) -> Report:
         if shared is None:
             continue
         weight = Weight(HEAD, _TransposedSource(shared.derive(HEAD)), shared.dtype)
-        value = ir.Value(name=HEAD, type=ir.TensorType(weight.dtype), shape=weight.shape)
+        value = ir.Value(name=HEAD, type=ir.TensorType(weight.dtype), shape=ir.Shape(weight.sizes))
         value.const_value = weight
         model.graph.initializers[HEAD] = value
         node.outputs[0].replace_all_uses_with(value)
