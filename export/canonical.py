@@ -121,7 +121,7 @@ def _take_place(old: ir.Node, position: int, new: ir.Value) -> None:
     output.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
-# --- Gemm -------------------------------------------------------------------------------------------
+# --- Gemm -----------------------------------------------------------------------------------------
 
 
 def separate_gemms(model: ir.Model) -> None:
@@ -151,7 +151,7 @@ def separate_gemms(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
 
 
-# --- Weight layout ----------------------------------------------------------------------------------
+# --- Weight layout --------------------------------------------------------------------------------
 
 
 def transpose_weights(model: ir.Model) -> None:
@@ -178,7 +178,7 @@ def transpose_weights(model: ir.Model) -> None:
             set_reading(weight, replace(reading(weight), transposed=True))
 
 
-# --- Flattened tokens -------------------------------------------------------------------------------
+# --- Flattened tokens -----------------------------------------------------------------------------
 
 _FEATUREWISE = frozenset({"LayerNormalization", "RMSNormalization", "MatMul"})
 _ELEMENTWISE = frozenset({"Add", "Mul", "Relu", "Gelu", "Sigmoid", "Tanh", "Erf", "Div", "Sub"})
@@ -253,7 +253,7 @@ def _is_by_token(node: ir.Node, values: set[ir.Value]) -> bool:
     )
 
 
-# --- Fused linears ----------------------------------------------------------------------------------
+# --- Fused linears --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -430,7 +430,7 @@ def _by_head(
     )
 
 
-# --- Norm scales ------------------------------------------------------------------------------------
+# --- Norm scales ----------------------------------------------------------------------------------
 
 
 def absorb_scale_addends(model: ir.Model) -> None:

@@ -40,7 +40,8 @@ def stored_names(
             if pattern is not None:
                 raise UnsupportedModelError(
                     f"{checkpoint.directory}: tensor {stored} is merged with others by the "
-                    f"conversion rule for {pattern!r}, which is not supported; choose another architecture"
+                    f"conversion rule for {pattern!r}, which is not supported; "
+                    "choose another architecture"
                 )
         names[parameter] = stored
     return names

@@ -496,8 +496,8 @@ def _show_evaluation(content: dict[str, Any]) -> None:
         rows,
         numeric=1,
     )
-    if (removed := content.get("damage_removed")) is not None:
-        print(f"the rotations remove {removed:.1%} of the damage in log-perplexity")
+    for name, removed in content.get("damage_removed", {}).items():
+        print(f"removed of the damage in log-perplexity of: {labels[name]}: {removed:.1%}")
     if decode := content.get("decode"):
         print(
             f"token by token through the cache: perplexity {decode['perplexity']:.3f}, "

@@ -203,7 +203,7 @@ def evaluate(
     Returns:
         For JSON: ``perplexity``, ``windows``, ``window_length``, ``tokens`` (of the text),
         ``recipe``, ``runtime``, ``cache_bytes_per_token``, and where asked ``decode``,
-        ``baselines`` and ``damage_removed``: of the unrotated model's, in log-perplexity.
+        ``baselines`` and ``damage_removed``: the share, in log-perplexity, by baseline.
 
     Raises:
         InputError: the text is unreadable or too short, the artifact is damaged.
@@ -238,10 +238,12 @@ def evaluate(
             reference, manifest, cut, runtime=runtime, threads=threads, progress=list(shares)
         )
         result["baselines"] = found
-        damage = math.log(found["unrotated"] / found["fp32"])
-        if damage > 0:
-            kept = math.log(result["perplexity"] / found["fp32"])
-            result["damage_removed"] = 1 - kept / damage
+        kept = math.log(result["perplexity"] / found["fp32"])
+        result["damage_removed"] = {
+            name: 1 - kept / damage
+            for name in ("unrotated", "folded")
+            if (damage := math.log(found[name] / found["fp32"])) > 0
+        }
     return result
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An interpreter of float decoder graphs in float64: what equivalent passes must not change.
 
-Online Hadamards are computed from their node's ``factors``, not from the float32 matrices beside them,
-so that a rewritten model equals the original to float64 rounding.
+Online Hadamards are computed from their node's ``factors``, not from the float32 matrices beside
+them, so that a rewritten model equals the original to float64 rounding.
 """
 
 import functools

@@ -67,8 +67,13 @@ COMMON = {
 }
 
 
-def build(family: str, *, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
-    """A model of `family` whose norm scales, biases and weights are all far from their defaults."""
+def build(
+    family: str, *, seed: int = 0, scale: float = 2.0, **overrides: Any
+) -> transformers.PreTrainedModel:
+    """A model of `family` whose norm scales, biases and weights are all far from their defaults.
+
+    Weights are drawn with a standard deviation of 0.02 and multiplied by `scale`.
+    """
     options = {**COMMON, **FAMILIES[family], **overrides}
     config = options.pop("config")(**options)
     torch.manual_seed(seed)
@@ -78,7 +83,7 @@ def build(family: str, *, seed: int = 0, **overrides: Any) -> transformers.PreTr
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
             else:
-                parameter.mul_(2.0)
+                parameter.mul_(scale)
     return model
 
 

@@ -48,7 +48,10 @@ class Decoding:
         self.mask = np.zeros((batch, 0), dtype=np.int64)
         self.past = {
             value.name: np.zeros(
-                [n if isinstance(n, int) else (batch if n == "batch_size" else 0) for n in value.shape],
+                [
+                    n if isinstance(n, int) else (batch if n == "batch_size" else 0)
+                    for n in value.shape
+                ],
                 dtype=_NUMPY[value.type],
             )
             for value in self.session.get_inputs()
@@ -56,7 +59,7 @@ class Decoding:
         }
 
     def __call__(self, input_ids: Array, mask: Array | None = None) -> Array:
-        """Logits [batch, length, vocabulary] of the next tokens; mask [batch, length], 0 for padding."""
+        """Logits [batch, length, vocabulary] of the next tokens; mask is 0 for padding."""
         mask = np.ones_like(input_ids) if mask is None else mask
         self.mask = np.concatenate([self.mask, mask], axis=1)
         positions = np.maximum(self.mask.cumsum(axis=1) - 1, 0)[:, -input_ids.shape[1] :]

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E501  # a node of ONNX text is a line
 """A decoder small enough to read, as ONNX text, with random weights that passes can compose on."""
 
 import difflib

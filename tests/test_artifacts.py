@@ -41,7 +41,7 @@ def _listing(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-# --- Publishing -------------------------------------------------------------------------------------
+# --- Publishing -----------------------------------------------------------------------------------
 
 
 def test_a_directory_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
@@ -62,9 +62,13 @@ def test_an_empty_directory_may_be_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [InputError("x: y; z"), KeyboardInterrupt(), RuntimeError()])
 def test_nothing_is_left_of_a_block_that_fails(tmp_path: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), publish(tmp_path / "out") as staging:
-        (staging / "half").write_text("half")
-        raise error
+    def fill() -> None:
+        with publish(tmp_path / "out") as staging:
+            (staging / "half").write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        fill()
     assert _listing(tmp_path) == []
 
 
@@ -153,9 +157,13 @@ def test_a_name_left_by_a_killed_run_does_not_matter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_no_space_is_named_as_such(tmp_path: Path, number) -> None:
-    with pytest.raises(ResourceError) as caught, publish(tmp_path / "out") as staging:
-        (staging / "half").write_text("half")
-        raise OSError(number, os.strerror(number))
+    def fill() -> None:
+        with publish(tmp_path / "out") as staging:
+            (staging / "half").write_text("half")
+            raise OSError(number, os.strerror(number))
+
+    with pytest.raises(ResourceError) as caught:
+        fill()
     assert caught.value.exit_code == 6
     assert str(caught.value) == (
         f"{tmp_path}/out: no space left while writing; free some or choose another disk"
@@ -186,7 +194,9 @@ def test_a_read_only_parent_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_disk_that_is_too_small_is_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9}))
+    monkeypatch.setattr(
+        artifacts.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9})
+    )
     require_space(tmp_path / "not" / "there", 10**9)
     with pytest.raises(ResourceError) as caught:
         require_space(tmp_path / "not" / "there", 2 * 10**9)
@@ -241,7 +251,7 @@ def test_the_signal_handler_is_restored(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-# --- The model --------------------------------------------------------------------------------------
+# --- The model ------------------------------------------------------------------------------------
 
 
 def _model(shapes: dict[str, tuple[int, ...]]) -> ir.Model:
@@ -352,14 +362,17 @@ def test_a_limit_on_file_sizes_is_no_space(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(ResourceError, match="no space left"), publish(tmp_path / "o") as staging:
+        with (
+            pytest.raises(ResourceError, match="no space left"),
+            publish(tmp_path / "o") as staging,
+        ):
             save_model(_model(SHAPES), staging)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert _listing(tmp_path) == []
 
 
-# --- The manifest -----------------------------------------------------------------------------------
+# --- The manifest ---------------------------------------------------------------------------------
 
 
 def test_a_manifest_lists_every_file_with_its_sha256(tmp_path: Path) -> None:

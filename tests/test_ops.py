@@ -400,7 +400,7 @@ def test_kv_attention_equals_its_reference(
     attributes = {"scale": 0.3} | ({"softcap": softcap} if softcap else {})
     (y,) = run(name, q, *key, *value, mask, **attributes)
     expected = ops.kv_attention(q, *key, *value, mask, **attributes, bits=bits)
-    # Bytes up to 255 cancel to values of at most 8 steps, and both sums round: 32 times the usual 8.
+    # Bytes up to 255 cancel to values of at most 8 steps, and both sums round: 32 times the usual
     _assert_within_ulps(y, expected, 256)
 
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from quarot_onnx.artifacts import changed_files, load_manifest
 from quarot_onnx.errors import InputError, QuarotError, ResourceError, UnsupportedModelError
-from quarot_onnx.pipeline import export, rewrite, stored_bytes
 from quarot_onnx.export.checkpoint import Checkpoint
+from quarot_onnx.pipeline import export, rewrite, stored_bytes
 from quarot_onnx.recipe import load_recipe
 from tests import models
 from tests.conftest import Exported, HuggingFace
@@ -59,7 +59,7 @@ def _deviation(got: Array, wanted: Array) -> float:
     return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 
-# --- Equivalence ------------------------------------------------------------------------------------
+# --- Equivalence ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", ["float", "rotate-only"])
@@ -127,6 +127,36 @@ def test_a_variant_of_llama_rotates_too(tmp_path: Path, traced_once: None, optio
     assert _deviation(got, _wanted(source, TOKENS)) <= 1e-5
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "gemma3", "opt", "gpt-neox"])
+def test_weights_at_the_scale_of_an_initialization_rotate_too(
+    tmp_path: Path, traced_once: None, family
+) -> None:
+    sizes = {"hidden_size": 160, "intermediate_size": 320, "num_attention_heads": 4}
+    sizes |= {"ffn_dim": 320, "word_embed_proj_dim": 160} if family == "opt" else {}
+    model = models.build(family, scale=1.0, num_hidden_layers=2, **_layer_types(family), **sizes)
+    source = models.save(model, tmp_path / "hf")
+    export(source, tmp_path / "out", load_recipe("rotate-only"))
+    got = Decoding(tmp_path / "out" / "model.onnx", batch=2)(TOKENS)
+    assert _deviation(got, _wanted(source, TOKENS)) <= 1e-5
+
+
+def _layer_types(family: str) -> dict[str, list[str]]:
+    both = {"layer_types": ["sliding_attention", "full_attention"]}
+    return both if family in ("gemma2", "gemma3") else {}
+
+
+def test_without_r1_behind_post_norms_gemma_equals_hugging_face(
+    exported: Exported, hugging_face: HuggingFace
+) -> None:
+    artifact = exported("gemma2", "rotate-only", ("rotations.post_norm=skip_r1",))
+    reports = {report["name"]: report for report in load_manifest(artifact)["passes"]}
+    ((reason, places),) = reports["FuseR1"]["skipped"].items()
+    assert reason == "post-norms keep their scale, and rotations.post_norm = skip_r1"
+    assert len(places) == 6
+    got = Decoding(artifact / "model.onnx", batch=2)(TOKENS)
+    assert _deviation(got, _wanted(hugging_face("gemma2"), TOKENS)) <= 1e-5
+
+
 def test_skipped_rotations_are_in_the_manifest_with_the_reason(tmp_path: Path, traced_once) -> None:
     options = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 101}
     source = models.save(models.build("llama", num_hidden_layers=1, **options), tmp_path / "hf")
@@ -139,7 +169,7 @@ def test_skipped_rotations_are_in_the_manifest_with_the_reason(tmp_path: Path, t
     assert "n=101 is odd" in reason
 
 
-# --- Quantized --------------------------------------------------------------------------------------
+# --- Quantized ------------------------------------------------------------------------------------
 
 
 def _error(artifact: Path, wanted: Array) -> float:
@@ -211,7 +241,7 @@ def test_bfloat16_is_valid_and_stored_in_two_bytes(exported: Exported, recipe) -
         assert len(stored[name].raw_data) == 2 * 128 * 96
 
 
-# --- Determinism ------------------------------------------------------------------------------------
+# --- Determinism ----------------------------------------------------------------------------------
 
 _EXPORT = """
 import sys
@@ -256,7 +286,7 @@ def test_shards_and_a_single_file_give_the_same_model(
         assert (tmp_path / "out" / name).read_bytes() == single.read_bytes()
 
 
-# --- The artifact -----------------------------------------------------------------------------------
+# --- The artifact ---------------------------------------------------------------------------------
 
 
 def test_the_manifest_describes_the_artifact(exported: Exported) -> None:
@@ -318,7 +348,7 @@ def test_the_plan_knows_the_size_before_anything_is_written(
     assert planned <= written + 20_000  # what is stored inline
 
 
-# --- Faults -----------------------------------------------------------------------------------------
+# --- Faults ---------------------------------------------------------------------------------------
 
 
 def _config(**changes: Any) -> Callable[[Path], None]:
@@ -329,7 +359,9 @@ def _config(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
-def _tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
+def _tensor(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor | None]
+) -> Callable[[Path], None]:
     def rewrite_file(directory: Path) -> None:
         from safetensors.torch import load_file, save_file  # noqa: PLC0415
 
@@ -386,7 +418,7 @@ NORM, UP = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.up_proj.
         (
             _config(model_type="mamba"),
             UnsupportedModelError,
-            "config.json: model_type 'mamba' is not supported; supported are llama, ",
+            "config.json: model_type 'mamba' is not supported; supported are gemma2, ",
         ),
         (
             _config(num_attention_heads=5),
@@ -465,7 +497,9 @@ def test_bad_input_is_refused_and_leaves_nothing(
 def test_numbers_that_overflow_float16_are_named(tmp_path: Path, traced_once: None, name) -> None:
     source = models.save(models.build("llama"), tmp_path / "hf")
     _tensor(name, lambda t: t * 1e7)(source)
-    with pytest.raises(InputError, match="overflows float16; export with --dtype float32") as caught:
+    with pytest.raises(
+        InputError, match="overflows float16; export with --dtype float32"
+    ) as caught:
         export(source, tmp_path / "out", load_recipe("float"), dtype="float16")
     assert name in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
@@ -474,11 +508,12 @@ def test_numbers_that_overflow_float16_are_named(tmp_path: Path, traced_once: No
 def test_no_space_leaves_nothing(
     tmp_path: Path, traced_once: None, hugging_face: HuggingFace
 ) -> None:
+    source = hugging_face("llama")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(ResourceError) as caught:
-            export(hugging_face("llama"), tmp_path / "out", load_recipe("w4a4kv4"))
+            export(source, tmp_path / "out", load_recipe("w4a4kv4"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(caught.value) == (

@@ -22,7 +22,9 @@ def weights(draw: st.DrawFn) -> Float64:
     rows, columns = draw(st.integers(1, 60)), draw(st.integers(1, 6))
     weight = rng.normal(size=(rows, columns)) * 10.0 ** rng.integers(-6, 6, columns)
     for column in range(columns):
-        kind = draw(st.sampled_from(["normal", "zero", "constant", "outlier", "float16", "one sign"]))
+        kind = draw(
+            st.sampled_from(["normal", "zero", "constant", "outlier", "float16", "one sign"])
+        )
         if kind == "zero":
             weight[:, column] = 0
         elif kind == "constant":

@@ -103,8 +103,8 @@ def test_a_weight_that_is_not_finite_is_named(copied: Path) -> None:
 
 def test_an_unknown_architecture_is_refused(copied: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))
-    with pytest.raises(UnsupportedModelError, match="model_type 'gpt_neox' is not supported"):
+    (copied / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    with pytest.raises(UnsupportedModelError, match="model_type 'mamba' is not supported"):
         HuggingFaceModel(copied)
 
 

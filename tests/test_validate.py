@@ -19,7 +19,9 @@ from quarot_onnx.errors import GateError, InputError, UsageError
 from quarot_onnx.pipeline import export
 from quarot_onnx.recipe import load_recipe
 from quarot_onnx.reference import HuggingFaceModel
-from quarot_onnx.validate import IDS, Closeness, Stage, TorchRunner, Verdict, validate
+from quarot_onnx.validate import IDS, Stage, Verdict, validate
+from quarot_onnx.validate.agreement import TorchRunner
+from quarot_onnx.validate.closeness import Closeness
 from tests import models
 from tests.conftest import Exported, HuggingFace
 

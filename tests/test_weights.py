@@ -21,9 +21,7 @@ from quarot_onnx.weights import ArraySource, QuantizedWeight, Weight
 
 Float64 = NDArray[np.float64]
 
-SHAPES = st.one_of(
-    st.tuples(st.integers(1, 40)), st.tuples(st.integers(1, 30), st.integers(1, 30))
-)
+SHAPES = st.one_of(st.tuples(st.integers(1, 40)), st.tuples(st.integers(1, 30), st.integers(1, 30)))
 DTYPES = st.sampled_from([ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
 
 

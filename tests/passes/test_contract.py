@@ -153,7 +153,7 @@ def test_all_equivalent_passes_together_are_equivalent() -> None:
         {"post_norms": True, "hidden_size": 10},
         {"parallel": True, "positions": True},
     ],
-    ids=lambda shape: " ".join(shape),
+    ids=" ".join,
 )
 def test_all_equivalent_passes_hold_for_every_shape_of_decoder(shape) -> None:
     def apply(decoder: Decoder) -> None:

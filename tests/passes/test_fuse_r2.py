@@ -31,9 +31,7 @@ def test_golden() -> None:
 @given(options=SIZES, dtype=st.sampled_from(sorted(TYPES)))
 @settings(max_examples=12, deadline=None)
 def test_the_function_does_not_change(options, dtype) -> None:
-    assert_equivalent(
-        lambda d: FuseR2Pass(d, plan(options["head_dim"]))(), dtype=dtype, **options
-    )
+    assert_equivalent(lambda d: FuseR2Pass(d, plan(options["head_dim"]))(), dtype=dtype, **options)
 
 
 def test_the_cached_values_are_rotated_per_head_and_the_bias_with_them() -> None:

@@ -32,7 +32,8 @@ def test_the_function_is_that_of_the_rounded_weights(bits, clip_search, dtype) -
     expected = located(dtype=dtype)
     for linear in expected.linears:
         codes, scale = rtn(linear.weight.float64(), bits=bits, clip_search=clip_search)
-        linear.weight.compose(0, lambda _, w=codes * scale.astype(np.float64): w)
+        rounded = codes * scale.astype(np.float64)
+        linear.weight.compose(0, lambda _, rounded=rounded: rounded)
     decoder = located(dtype=dtype)
     _quantize(decoder, bits, clip_search)()
     wanted = logits(float64.run, expected.model)

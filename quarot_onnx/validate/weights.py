@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage ``weights``: every initializer against the checkpoint.
+
+What an initializer should be is computed here a second time, from the recipe and Hugging Face's
+names alone, so that a mistake of a pass is not repeated by its judge.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quarot_onnx.errors import GateError
+from quarot_onnx.export.checkpoint import CheckpointSource
+from quarot_onnx.hadamard import plan
+from quarot_onnx.rotation import Rotation
+from quarot_onnx.validate.closeness import relative_error
+from quarot_onnx.validate.subject import Subject
+from quarot_onnx.validate.verdict import Finding
+from quarot_onnx.weights import Float64
+
+_BLOCK = 1 << 24  # numbers of an embedding that are compared at once
+
+
+def check_weights(subject: Subject) -> Finding:
+    """Fails on a weight that is not the checkpoint's, folded, rotated and rounded as it should be.
+
+    Swapped layers, a wrong scale, another seed, another model: a graph that computes faithfully
+    with the wrong numbers.
+    """
+    subject.need_reference()
+    subject.need_finite()
+    subject.need_llama_modules()
+    errors = list(_weight_errors(subject))
+    name, worst = max(errors, key=lambda item: math.inf if math.isnan(item[1]) else item[1])
+    detail = f"{len(errors)} tensors; furthest from the checkpoint is {name}"
+    return Finding("error over what rounding explains", worst, 1.0, detail)
+
+
+def _weight_errors(subject: Subject) -> Iterator[tuple[str, float]]:
+    """Each initializer's name and its error, as a fraction of what rounding it once explains."""
+    from quarot_onnx.reference import read_initializers  # noqa: PLC0415  # imports torch
+
+    held = read_initializers(subject.artifact)
+    expected = _ExpectedWeights(subject)
+    float_bound = 2 * subject.epsilon
+    for name, tensor in held.items():
+        if not name.startswith(("model.", "lm_head.")) or name.endswith("_scale"):
+            continue
+        module, _, kind = name.rpartition(".")
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            yield name, _table_error(expected, name, tensor.numpy()) / float_bound
+            continue
+        found = tensor.numpy().astype(np.float64)
+        if len(tensor.shape) == 1:
+            wanted = expected.bias(module) if kind == "bias" else expected.norm(name)
+            yield name, relative_error(found, wanted) / float_bound
+            continue
+        wanted = expected.linear(module)
+        if found.shape != wanted.shape:
+            raise GateError(f"initializer {name} has shape {found.shape}, not {wanted.shape}")
+        scale = held.get(f"{name}_scale")
+        if scale is None:
+            yield name, relative_error(found, wanted) / float_bound
+        else:
+            found *= scale.numpy().astype(np.float64)
+            yield name, _rounding_error(found, wanted, subject.recipe.weights.bits)
+
+
+def _rounding_error(found: Float64, wanted: Float64, bits: int) -> float:
+    """Of a dequantized weight [in, out], as a fraction of what rounding to `bits` explains."""
+    top = 2 ** (bits - 1) - 1
+    step = np.abs(wanted).max(axis=0) / top
+    step[step == 0] = 1
+    naive = relative_error(np.rint(wanted / step) * step, wanted)  # per column, without any clip
+    # Error feedback (GPTQ) moves weights further than rounding to nearest does, hence the
+    # factor 2. What is rounded keeps its length but for the error squared (the best code
+    # book for a weight is shorter by that) and the error's chance overlap with the weight.
+    length = float((found * wanted).sum() / (wanted * wanted).sum())
+    overlap = 4 * naive / math.sqrt(wanted.size)
+    excess = abs(length - 1) / (2 * naive**2 + overlap)
+    return max(relative_error(found, wanted) / (2 * naive), excess)
+
+
+def _table_error(expected: "_ExpectedWeights", name: str, found: NDArray[Any]) -> float:
+    """Of the embedding [V, n] or the head [n, V], a block of tokens at a time."""
+    is_head = name == "lm_head.weight"
+    width, tokens = found.shape if is_head else found.shape[::-1]
+    worst = 0.0
+    block = max(1, _BLOCK // width)
+    for start in range(0, tokens, block):
+        part = slice(start, start + block)
+        if is_head:
+            source = expected.tensor(name, transposed=True, index=(slice(None), part))
+            wanted, held = expected.reader(source, "model.norm"), found[:, part]
+        else:
+            source = expected.tensor(name, transposed=False, index=(part, slice(None)))
+            wanted, held = expected.writer(source), found[part]
+        worst = max(worst, relative_error(held.astype(np.float64), wanted))
+    return worst
+
+
+class _ExpectedWeights:
+    """What the recipe says an artifact stores, before rounding, from the checkpoint; float64.
+
+    Linear weights are [in, out].
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self.checkpoint = subject.checkpoint
+        rotations, config = subject.recipe.rotations, subject.config
+        self.rotations = rotations
+        self.num_heads, self.head_dim = subject.num_heads, subject.head_dim
+        self.r1 = (
+            Rotation(rotations.r1, config["hidden_size"], subject.recipe.seed, "R1")
+            if rotations.r1 != "none"
+            else None
+        )
+        self.r2, self.heads = plan(self.head_dim), plan(self.num_heads, policy="full")
+        self.r4 = plan(config["intermediate_size"])
+
+    def tensor(self, name: str, *, transposed: bool, index: tuple[slice, ...] = ()) -> Float64:
+        """The checkpoint's tensor, or the part of it at `index`."""
+        stored = name
+        if name == "lm_head.weight" and name not in self.checkpoint.tensors:
+            stored = "model.embed_tokens.weight"
+        entry = self.checkpoint.tensor(stored)
+        source = CheckpointSource(entry, transposed)
+        return source.read(index or tuple(slice(None) for _ in entry.shape))
+
+    def norm(self, name: str) -> Float64:
+        """What is left of the scale of norm `name`."""
+        scale = self.tensor(name, transposed=False)
+        is_folded = self.rotations.fold_norm_scale and not name.endswith(
+            ("q_norm.weight", "k_norm.weight")
+        )
+        return np.ones_like(scale) if is_folded else scale
+
+    def reader(self, weight: Float64, norm: str) -> Float64:
+        """A weight [in, out] that reads the residual stream behind `norm`."""
+        if self.rotations.fold_norm_scale:
+            weight = self.tensor(f"{norm}.weight", transposed=False)[:, None] * weight
+        return weight if self.r1 is None else self.r1.rotate_inputs(weight)
+
+    def writer(self, weight: Float64) -> Float64:
+        """A weight [..., out] that is added to the residual stream."""
+        return weight if self.r1 is None else self.r1.rotate_outputs(weight)
+
+    def by_head(self, values: Float64) -> Float64:
+        """R2 on the last axis, head by head."""
+        if not self.rotations.r2 or self.r2.kind == "none":
+            return values
+        matrix = self.r2.matrix()
+        split = values.reshape(*values.shape[:-1], -1, len(matrix))
+        return (split @ matrix).reshape(values.shape)
+
+    def linear(self, module: str) -> Float64:
+        """The weight of linear `module` of a layer."""
+        weight = self.tensor(f"{module}.weight", transposed=True)
+        layer, role = module.rsplit(".", 2)[0], module.rpartition(".")[2]
+        if role in ("q_proj", "k_proj", "v_proj"):
+            weight = self.reader(weight, f"{layer}.input_layernorm")
+            return self.by_head(weight) if role == "v_proj" else weight
+        if role in ("gate_proj", "up_proj"):
+            return self.reader(weight, f"{layer}.post_attention_layernorm")
+        if role == "o_proj":
+            weight = self.by_head(weight.T).T
+            if self.rotations.heads and self.heads.kind == "full":
+                split = weight.reshape(self.num_heads, self.head_dim, -1)
+                turned = np.einsum("hdo,hg->gdo", split, self.heads.matrix())
+                weight = turned.reshape(weight.shape)
+        elif self.rotations.r4 and self.r4.kind != "none":
+            weight = self.r4.apply(weight, axis=0)
+        return self.writer(weight)
+
+    def bias(self, module: str) -> Float64:
+        """The bias of linear `module` of a layer."""
+        values = self.tensor(f"{module}.bias", transposed=False)
+        role = module.rpartition(".")[2]
+        if role == "v_proj":
+            return self.by_head(values)
+        return self.writer(values) if role in ("o_proj", "down_proj") else values
