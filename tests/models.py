@@ -55,6 +55,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Name -> configuration class and what differs from the common small shape."""
 
+LLAMA_FAMILIES = ("llama", "llama-tied", "mistral-sliding", "qwen2-biases", "qwen3-head-dim")
+"""Those for which the PyTorch model of an artifact's codes is written."""
+
 COMMON = {
     "hidden_size": 96,  # 12 * 8: not a power of two
     "intermediate_size": 176,  # 44 * 4
