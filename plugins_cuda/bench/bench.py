@@ -3,13 +3,16 @@
 """Measures the kernels on a GPU: one command, at most ten minutes, PyTorch and nvcc are enough.
 
     python plugins_cuda/bench/bench.py               build, check, measure; the table comes last
-    python plugins_cuda/bench/bench.py --emulate     the checks alone, on the CPU emulator
+    python plugins_cuda/bench/bench.py --emulate     every stage once, tiny, on the CPU emulator:
+                                                     finds mistakes without a GPU, times nothing
     python plugins_cuda/bench/bench.py --stages check,hadamard --csv rows.csv
 
-Stages, in order: probe (GPU, clocks), ceilings (copy, bf16, int8 and fp8 GEMM), check (every kernel
-on fresh random inputs against float64 or int64), hadamard, prefill, decode, attention, layer,
-memory. Kernels that fail their check are not measured. A stage starts only while the budget lasts;
-what was not measured is listed as such.
+Stages, in order: probe (GPU, clocks, TensorRT libraries), ceilings (copy, bf16, int8 and fp8 GEMM),
+check (every kernel on fresh random inputs against float64 or int64), hadamard, prefill, decode,
+attention, layer, memory, sanitizer (compute-sanitizer's memcheck over the checks on tiny shapes).
+Kernels that fail their check are not measured. Rows are skipped when the budget no longer holds
+them; a watchdog ends the process at the budget whatever hangs. The table comes last in any case,
+with what was not measured.
 
 How a row is measured: a CUDA graph of several launches over rotating inputs (more than five times
 the L2, so weights are cold), replayed in turn with its baseline's graph; the median over the
@@ -22,9 +25,12 @@ import argparse
 import csv
 import dataclasses
 import math
+import os
+import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +39,11 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+import cublaslt  # noqa: E402
+
+from quarot_onnx.errors import MissingDependencyError  # noqa: E402
 from quarot_onnx.hadamard import hadamard_matrix, plan  # noqa: E402
 from quarot_onnx.plugins import build  # noqa: E402
 from quarot_onnx.plugins.kernels import (  # noqa: E402
@@ -50,7 +59,11 @@ from quarot_onnx.plugins.layouts import Layout  # noqa: E402
 
 STAGES = (
     "probe", "ceilings", "check", "hadamard", "prefill", "decode", "attention", "layer", "memory",
+    "sanitizer",
 )  # fmt: skip
+# Seconds of the budget that a stage leaves to the stages behind it.
+RESERVE = {"hadamard": 270, "prefill": 180, "decode": 150, "attention": 110, "layer": 60}
+SANITIZER_SECONDS = 90.0
 # (out features, in features): the linears of 7B to 70B models.
 WEIGHTS = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192), (8192, 28672))
 COLD_BYTES = 256 << 20
@@ -69,6 +82,7 @@ class Row:
     baseline_us: float = math.nan
     spread: float = math.nan
     aim: str = ""
+    ratio: float = math.nan  # where it is not baseline_us / us
 
 
 @dataclasses.dataclass
@@ -87,6 +101,7 @@ class Bench:
         self.started = time.monotonic()
         self.budget: float = arguments.budget
         self.emulated: bool = arguments.emulate
+        self.tiny: bool = arguments.emulate or arguments.tiny  # shapes of the checks
         self.device = torch.device("cpu" if self.emulated else "cuda")
         self.rows: list[Row] = []
         self.unmeasured: list[str] = []
@@ -95,10 +110,18 @@ class Bench:
         if not self.emulated:
             major, minor = torch.cuda.get_device_capability()
             self.capability = 10 * major + minor
-        self.kernels = Kernels(self._library(arguments.library))
+        self.library = self._library(arguments.library)
+        self.kernels = Kernels(self.library)
         if self.emulated:
             self.kernels.configure_emulation(workers=4, check_races=False)
         self.generator = torch.Generator(device=self.device).manual_seed(time.time_ns() % 2**31)
+        self._cublaslt: cublaslt.CublasLt | None = None
+        if not self.emulated:
+            try:
+                self._cublaslt = cublaslt.CublasLt()
+                print(f"int8 baseline: {self._cublaslt.path}")
+            except (OSError, RuntimeError) as error:
+                print(f"int8 baseline: torch._int_mm, because {error}")
 
     def _library(self, named: Path | None) -> Path:
         if named is not None:
@@ -111,6 +134,38 @@ class Bench:
     def left(self) -> float:
         """Seconds of the budget that are left."""
         return self.budget - (time.monotonic() - self.started)
+
+    def has_time(self, stage: str, what: str) -> bool:
+        """Whether a row of a stage still fits the budget; else it is listed as unmeasured."""
+        if self.left() > RESERVE[stage]:
+            return True
+        self.unmeasured.append(f"{what} (budget)")
+        return False
+
+    def int8_gemm(self, x: torch.Tensor, w: torch.Tensor) -> tuple[str, Callable[[], torch.Tensor]]:
+        """The vendor's x [m, k] times w [n, k] transposed, in s32: who, and the call.
+
+        cuBLASLt with a workspace of 64 MB; torch._int_mm where it is missing or refuses.
+        """
+        if self._cublaslt:
+            (m, k), n = x.shape, w.shape[0]
+            y = torch.empty(m, n, dtype=torch.int32, device=self.device)
+            workspace = self.empty(cublaslt.WORKSPACE_BYTES, dtype=torch.uint8)
+            addresses = (t.data_ptr() for t in (x, w, y, workspace))
+            try:
+                gemm = self._cublaslt.int8_gemm(m, n, k, *addresses)
+            except RuntimeError as error:
+                print(f"int8 baseline: torch._int_mm, because {error}")
+            else:
+                held = (x, w, workspace)
+
+                def call() -> torch.Tensor:
+                    assert held
+                    gemm(self.stream())
+                    return y
+
+                return "cuBLASLt int8", call
+        return "torch._int_mm int8", lambda: torch._int_mm(x, w.T)
 
     def stream(self) -> int | None:
         """The current CUDA stream, as an int."""
@@ -207,7 +262,8 @@ HEADER = (
 
 def format_row(row: Row) -> str:
     """A row as one line of the table."""
-    percent, ratio = 100 * row.floor_us / row.us, row.baseline_us / row.us
+    percent = 100 * row.floor_us / row.us
+    ratio = row.baseline_us / row.us if math.isnan(row.ratio) else row.ratio
     return (
         f"{row.kernel:34} {row.shape:26} {row.us:9.2f} {row.floor_us:9.2f} {percent:7.1f}"
         f" {row.rate:>11} {row.baseline:>16} {row.baseline_us:9.2f} {ratio:6.2f}"
@@ -218,8 +274,21 @@ def format_row(row: Row) -> str:
 # Probe and ceilings
 
 
+def tensorrt_libraries() -> list[Path]:
+    """libnvinfer* in wheels, on LD_LIBRARY_PATH and where TensorRT is usually installed."""
+    folders = [Path(entry) / "tensorrt_libs" for entry in sys.path]
+    folders += [Path(entry) for entry in os.environ.get("LD_LIBRARY_PATH", "").split(":") if entry]
+    folders += [
+        Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/local/tensorrt/lib"),
+        Path("/usr/local/cuda/lib64"), *Path("/opt").glob("*[tT]ensor[rR][tT]*/lib"),
+    ]  # fmt: skip
+    return sorted({path for folder in folders for path in folder.glob("libnvinfer*.so*")})
+
+
 def probe(bench: Bench) -> None:
-    """Names the GPU, its clocks and its power."""
+    """Names the GPU, its clocks and its power, and what there is of TensorRT."""
+    found = ", ".join(str(path) for path in tensorrt_libraries())
+    print(f"TensorRT: {found or 'no libnvinfer* found'}")
     if bench.emulated:
         print("emulated: correctness only, no times")
         return
@@ -234,34 +303,43 @@ def probe(bench: Bench) -> None:
         capture_output=True,
         text=True,
         check=False,
+        timeout=20,
     )
     print(done.stdout.strip())
 
 
 def ceilings(bench: Bench) -> None:
     """Measures what floors are made of: a copy, and the vendor's GEMMs."""
-    if bench.emulated:
-        return
-    big = bench.packed_codes(1 << 31)
+    size, n = (1 << 16, 64) if bench.emulated else (1 << 31, 8192)
+    big = bench.packed_codes(size)
     other = torch.empty_like(big)
     ((us, spread),) = bench.time([lambda target=other, source=big: target.copy_(source)])
     bench.ceilings.copy = 2 * big.numel() / us * 1e6
     bench.add(
-        Row("copy", "2 GiB", us, rate=f"{bench.ceilings.copy / 1e12:.2f} TB/s", spread=spread)
+        Row(
+            "copy",
+            f"{size >> 10} KiB",
+            us,
+            rate=f"{bench.ceilings.copy / 1e12:.2f} TB/s",
+            spread=spread,
+        )
     )
     del big, other
-    n = 8192
     a, b = bench.normal(n, n), bench.normal(n, n)
     ((us, spread),) = bench.time([lambda: a @ b.T])
     bench.ceilings.bf16 = 2 * n**3 / us * 1e6
     rate = f"{bench.ceilings.bf16 / 1e12:.0f} TFLOPS"
     bench.add(Row("cuBLAS bf16", f"{n}^3", us, rate=rate, spread=spread))
     i, j = (bench.packed_codes(n, n).view(torch.int8) for _ in range(2))
-    ((us, spread),) = bench.time([lambda: torch._int_mm(i, j.T)])
-    bench.ceilings.int8 = 2 * n**3 / us * 1e6
-    rate = f"{bench.ceilings.int8 / 1e12:.0f} TOPS"
-    bench.add(Row("cuBLASLt int8 (_int_mm)", f"{n}^3", us, rate=rate, spread=spread))
-    if bench.capability >= 89:
+    # The ceiling is the better of the two: a weak baseline must not flatter the floors.
+    calls = dict([bench.int8_gemm(i, j), ("torch._int_mm int8", lambda: torch._int_mm(i, j.T))])
+    times = []
+    for name, call in calls.items():
+        ((us, spread),) = bench.time([call])
+        times.append(us)
+        bench.add(Row(name, f"{n}^3", us, rate=f"{2 * n**3 / us / 1e6:.0f} TOPS", spread=spread))
+    bench.ceilings.int8 = 2 * n**3 / min(times) * 1e6
+    if bench.capability >= 89 and not bench.emulated:
         x, y = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
         one = torch.ones((), device=bench.device)
         ((us, spread),) = bench.time(
@@ -338,7 +416,7 @@ def unpacked(packed: torch.Tensor) -> torch.Tensor:
 
 def check_transforms(bench: Bench) -> None:
     """Compares Hadamard + quantize with float64."""
-    sizes = (4096, 768) if bench.emulated else (4096, 8192, 11008, 13824, 14336, 28672)
+    sizes = (4096, 768) if bench.tiny else (4096, 8192, 11008, 13824, 14336, 28672)
     for n in sizes:
         factors = plan(n).factors
         for prologue in (Prologue.NONE, Prologue.SILU_MUL):
@@ -371,12 +449,14 @@ def hadamard_rows(bench: Bench) -> None:
         "silu*up + fwht + s8": ("s8", Prologue.SILU_MUL, True),
         "rmsnorm + s8": ("s8", Prologue.RMSNORM, False),
     }
-    for n in (4096, 8192, 11008, 13824, 14336, 28672):
+    lengths, counts = (4096, 8192, 11008, 13824, 14336, 28672), (1, 16, 2048, 8192)
+    if bench.emulated:
+        lengths, counts = (768,), (2,)
+    for n in lengths:
         factors = plan(n).factors
-        for tokens in (1, 16, 2048, 8192):
+        for tokens in counts:
             for name, (output, prologue, rotates) in prologues.items():
-                if bench.left() < 240:
-                    bench.unmeasured.append(f"{name} {tokens}x{n} (budget)")
+                if not bench.has_time("hadamard", f"{name} {tokens}x{n}"):
                     continue
                 per_element = {"store": 4.0, "s4": 2.5, "s8": 3.0}[output]
                 per_element += 2.0 if prologue == Prologue.SILU_MUL else 0.0
@@ -467,7 +547,7 @@ def gemm_kernels(bench: Bench, m: int) -> list[GemmKernel]:
 
 def check_gemms(bench: Bench) -> None:
     """Compares the integer sums of every GEMM kernel with exact ones."""
-    sizes = ((1, 256, 256), (45, 136, 320)) if bench.emulated else (
+    sizes = ((1, 256, 256), (45, 136, 320)) if bench.tiny else (
         (1, 4096, 4096), (16, 8192, 28672), (129, 1032, 448), (2048, 4096, 11008),
     )  # fmt: skip
     for m, n, k in sizes:
@@ -484,21 +564,21 @@ def check_gemms(bench: Bench) -> None:
 
 def prefill_rows(bench: Bench) -> None:
     """Times the GEMM at 128 tokens and more."""
-    for n, k in WEIGHTS:
-        for m in (128, 512, 2048, 8192):
+    weights, counts = (((64, 128),), (32,)) if bench.emulated else (WEIGHTS, (128, 512, 2048, 8192))
+    for n, k in weights:
+        for m in counts:
             for kernel in gemm_kernels(bench, m)[1:]:
-                if bench.left() < 150:
-                    bench.unmeasured.append(f"gemm {kernel.name} {m}x{n}x{k} (budget)")
+                if not bench.has_time("prefill", f"gemm {kernel.name} {m}x{n}x{k}"):
                     continue
                 gemm_row(bench, m, n, k, kernel, "1.5x, aim 1.8x" if m >= 2048 else "")
 
 
 def decode_rows(bench: Bench) -> None:
     """Times the GEMM at 16 tokens and fewer."""
-    for n, k in WEIGHTS:
-        for m in (1, 4, 8, 16):
-            if bench.left() < 120:
-                bench.unmeasured.append(f"gemm decode {m}x{n}x{k} (budget)")
+    weights, counts = (((64, 128),), (1,)) if bench.emulated else (WEIGHTS, (1, 4, 8, 16))
+    for n, k in weights:
+        for m in counts:
+            if not bench.has_time("decode", f"gemm decode {m}x{n}x{k}"):
                 continue
             gemm_row(bench, m, n, k, GemmKernel.DECODE, "3x, aim 3.5x" if n * k > 2e8 else "")
 
@@ -511,7 +591,8 @@ def gemm_row(bench: Bench, m: int, n: int, k: int, kernel: GemmKernel, aim: str)
     variants: list[list[Callable[[], Any]]] = [[s.call for s in sets], baseline]
     if m > 16:  # what _int_mm takes
         q8, w8 = (bench.packed_codes(*s).view(torch.int8) for s in ((m, k), (n, k)))
-        variants.append([lambda: torch._int_mm(q8, w8.T)])
+        int8_name, int8 = bench.int8_gemm(q8, w8)
+        variants.append([int8])
     measured = bench.time(*variants)
     moved = n * k / 2 + m * k * (1 if kernel == GemmKernel.WGMMA_S8 else 0.5) + 2 * m * n
     operations = 2 * m * n * k
@@ -528,7 +609,7 @@ def gemm_row(bench: Bench, m: int, n: int, k: int, kernel: GemmKernel, aim: str)
     if len(measured) > 2:
         bench.add(
             Row(
-                "  cuBLASLt int8 (_int_mm)", shape, measured[2][0], floor,
+                f"  {int8_name}", shape, measured[2][0], floor,
                 f"{operations / measured[2][0] / 1e6:.0f} TOPS", "cuBLAS bf16", measured[1][0],
                 measured[2][1],
             )
@@ -599,7 +680,7 @@ def attention(
 
 def check_attention(bench: Bench) -> None:
     """Compares attention over the cache with float64."""
-    cases = ((2, 8, 2, 128, 100, 1), (1, 4, 2, 64, 40, 12)) if bench.emulated else (
+    cases = ((2, 8, 2, 128, 100, 1), (1, 4, 2, 64, 40, 12)) if bench.tiny else (
         (1, 32, 8, 128, 5000, 1), (16, 32, 8, 128, 1000, 1), (2, 8, 8, 64, 300, 1),
         (1, 32, 8, 128, 700, 300),
     )  # fmt: skip
@@ -636,11 +717,11 @@ def check_append(bench: Bench) -> None:
 
 def attention_rows(bench: Bench) -> None:
     """Times decode attention against SDPA, and the append."""
-    for batch, context in ((1, 8192), (1, 131072), (16, 8192), (64, 2048)):
+    contexts = ((1, 8192), (1, 131072), (16, 8192), (64, 2048))
+    for batch, context in ((2, 64),) if bench.emulated else contexts:
         for heads, kv_heads in ((32, 8), (32, 32)):
             name = f"{batch} x {context} x {heads}/{kv_heads}"
-            if bench.left() < 90:
-                bench.unmeasured.append(f"kv4 decode {name} (budget)")
+            if not bench.has_time("attention", f"kv4 decode {name}"):
                 continue
             d = 128
             cache = Cache(bench, batch, kv_heads, context, d)
@@ -798,8 +879,7 @@ def layer_rows(bench: Bench) -> None:
     """Times a whole decoder layer against torch bf16."""
     cases = ((1, 2048, 0), (1, 1, 2048), (16, 1, 2048))
     for batch, tokens, context in ((1, 12, 0), (2, 1, 20)) if bench.emulated else cases:
-        if bench.left() < 30:
-            bench.unmeasured.append(f"layer {batch} x {tokens} (budget)")
+        if not bench.has_time("layer", f"layer {batch} x {tokens}"):
             continue
         layer = Layer(bench, batch, tokens, context)
         assert bool(layer.int4().isfinite().all()), "layer: the output is not finite"
@@ -814,22 +894,160 @@ def layer_rows(bench: Bench) -> None:
 
 
 def memory(bench: Bench) -> None:
-    """Bytes of a cache of one layer of Llama-3-8B at 8192 tokens; arithmetic, not a measurement."""
-    small = Cache(bench, 1, 8, 64 if bench.emulated else 8192, 128)
-    tokens = small.shape[2]
-    dense = 2 * 2 * 8 * tokens * 128
-    print(
-        f"cache of one layer, 8 kv heads of 128, {tokens} tokens: fp16 {dense / 2**20:.2f} MiB,"
-        f" int4 {small.bytes() / 2**20:.2f} MiB, {dense / small.bytes():.2f} times smaller"
-    )
+    """Bytes of a cache of one layer of Llama-3-8B; allocated, not timed."""
+    for batch, tokens in ((1, 64),) if bench.emulated else ((1, 8192), (16, 8192)):
+        dense = torch.empty(2, batch, 8, tokens, 128, dtype=torch.float16, device=bench.device)
+        fp16, int4 = dense.nbytes, Cache(bench, batch, 8, tokens, 128).bytes()
+        bench.add(
+            Row(
+                "cache of a layer, int4", f"{batch} x {tokens} x 8 x 128", math.nan,
+                rate=f"{int4 / 2**20:.2f} MiB", baseline=f"fp16 {fp16 / 2**20:.2f} MiB",
+                ratio=fp16 / int4,
+            )
+        )  # fmt: skip
+
+
+def sanitizer_path() -> Path | None:
+    """compute-sanitizer: on PATH, or beside nvcc."""
+    if on_path := shutil.which("compute-sanitizer"):
+        return Path(on_path)
+    try:
+        beside = build.find_nvcc().parent / "compute-sanitizer"
+    except MissingDependencyError:
+        return None
+    return beside if beside.is_file() else None
+
+
+def sanitizer_command(tool: Path, library: Path) -> list[str]:
+    """The checks on tiny shapes, in a process of their own, under memcheck."""
+    return [
+        str(tool), "--tool", "memcheck", "--error-exitcode", "9",
+        sys.executable, str(Path(__file__)), "--tiny", "--stages", "check",
+        "--library", str(library), "--budget", str(SANITIZER_SECONDS),
+    ]  # fmt: skip
+
+
+def sanitizer(bench: Bench) -> None:
+    """Runs the checks under compute-sanitizer, where it is installed."""
+    tool = sanitizer_path()
+    seconds = min(SANITIZER_SECONDS, bench.left() - 5)
+    reason = ""
+    if tool is None:
+        reason = "compute-sanitizer is neither on PATH nor beside nvcc"
+    elif bench.emulated:
+        reason = "the emulator checks its memory itself"
+    elif seconds < 20:
+        reason = "budget"
+    if tool is None or reason:
+        print(f"sanitizer: skipped, {reason}")
+        bench.unmeasured.append(f"memcheck ({reason})")
+        return
+    # PyTorch's caching allocator would hide accesses behind a tensor.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(
+            sanitizer_command(tool, bench.library), env=environment, capture_output=True,
+            text=True, check=False, timeout=seconds,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        print(f"sanitizer: stopped after {seconds:.0f} s")
+        bench.unmeasured.append(f"memcheck (not done within {seconds:.0f} s)")
+        return
+    print(done.stdout[-1500:].strip())
+    assert done.returncode == 0, f"memcheck ended with {done.returncode}: {done.stderr[-500:]}"
+    print("sanitizer: memcheck found nothing")
+
+
+def check_baseline(bench: Bench) -> None:
+    """Compares the int8 baseline with exact sums: a wrong baseline may be a fast one."""
+    x, w = (bench.packed_codes(*shape).view(torch.int8) for shape in ((96, 256), (128, 256)))
+    name, call = bench.int8_gemm(x, w)
+    want = (x.double() @ w.double().T).to(torch.int32)
+    assert torch.equal(call(), want), f"{name}: not exact"
 
 
 def check(bench: Bench) -> None:
     """Runs every check."""
-    for checked in (check_transforms, check_gemms, check_append, check_attention):
+    checks = (check_transforms, check_gemms, check_append, check_attention, check_baseline)
+    for checked in checks:
         began = time.monotonic()
         checked(bench)
         print(f"{checked.__name__}: ok ({time.monotonic() - began:.1f} s)", flush=True)
+
+
+RUN: dict[str, Callable[[Bench], None]] = {
+    "probe": probe, "ceilings": ceilings, "check": check, "hadamard": hadamard_rows,
+    "prefill": prefill_rows, "decode": decode_rows, "attention": attention_rows,
+    "layer": layer_rows, "memory": memory, "sanitizer": sanitizer,
+}  # fmt: skip
+
+
+class Results:
+    """The rows of a run, printed once: at its end, or by the watchdog when there is none."""
+
+    def __init__(self, stages: list[str], csv_file: Path | None) -> None:
+        self.started = time.monotonic()
+        self.unfinished = [stage for stage in STAGES if stage in stages]
+        self.bench: Bench | None = None
+        self.csv_file = csv_file
+        self._lock = threading.Lock()
+        self._printed = False
+
+    def print(self) -> None:
+        """The table so far, what is missing of it, and the CSV file."""
+        with self._lock:
+            if self._printed:
+                return
+            self._printed = True
+            rows = list(self.bench.rows) if self.bench else []
+            print(f"\n{HEADER}")
+            for row in rows:
+                print(format_row(row))
+            for what in self.bench.unmeasured if self.bench else ():
+                print(f"unmeasured: {what}")
+            for stage in self.unfinished:
+                print(f"unmeasured: {stage} (not finished)")
+            if self.csv_file:
+                with self.csv_file.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)])
+                    writer.writeheader()
+                    writer.writerows(dataclasses.asdict(row) for row in rows)
+            print(f"{time.monotonic() - self.started:.0f} s", flush=True)
+
+    def watch(self, seconds: float) -> None:
+        """Ends the process after that time, with the table: a kernel may hang, a build may last."""
+
+        def stop() -> None:
+            print(
+                f"\nwatchdog: the budget of {seconds:.0f} s is spent", file=sys.stderr, flush=True
+            )
+            self.print()
+            os._exit(3)
+
+        timer = threading.Timer(seconds, stop)
+        timer.daemon = True
+        timer.start()
+
+
+def run(bench: Bench, unfinished: list[str]) -> bool:
+    """Runs stages in order and takes them off the list; whether all of them succeeded."""
+    ok = True
+    while unfinished:
+        stage = unfinished[0]
+        if bench.left() < 0:
+            break
+        try:
+            RUN[stage](bench)
+        except Exception as error:  # whatever it is, the other stages and the table still count
+            ok = False
+            bench.unmeasured.append(f"{stage}: {type(error).__name__}: {error}")
+            print(f"{stage}: FAILED: {error}", file=sys.stderr, flush=True)
+        unfinished.pop(0)
+        if stage == "check" and not ok:
+            break  # times of wrong kernels are worth nothing
+        if not bench.emulated:
+            torch.cuda.empty_cache()
+    return ok
 
 
 def main() -> int:
@@ -839,47 +1057,23 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=570.0, help="seconds, building included")
     parser.add_argument("--library", type=Path, help="a built library instead of building one")
     parser.add_argument("--csv", type=Path, help="where to write the rows")
-    parser.add_argument("--emulate", action="store_true", help="checks on the CPU, no times")
+    parser.add_argument("--emulate", action="store_true", help="every stage, tiny, on the CPU")
+    parser.add_argument("--tiny", action="store_true", help="checks on the emulator's tiny shapes")
     arguments = parser.parse_args()
     stages = arguments.stages.split(",")
     if unknown := set(stages) - set(STAGES):
         parser.error(f"unknown stages {sorted(unknown)}; there are {', '.join(STAGES)}")
     if not arguments.emulate and not torch.cuda.is_available():
-        parser.error("there is no GPU; --emulate runs the checks on the CPU")
-    bench = Bench(arguments)
-    run: dict[str, Callable[[Bench], None]] = {
-        "probe": probe, "ceilings": ceilings, "check": check, "hadamard": hadamard_rows,
-        "prefill": prefill_rows, "decode": decode_rows, "attention": attention_rows,
-        "layer": layer_rows, "memory": memory,
-    }  # fmt: skip
+        parser.error("there is no GPU; --emulate runs every stage, tiny, on the CPU")
+    results = Results(stages, arguments.csv)
+    results.watch(arguments.budget)
     print(HEADER)
-    failed = False
-    timed = {"hadamard", "prefill", "decode", "attention"}
-    for stage in STAGES:
-        if stage not in stages or (bench.emulated and stage in timed):
-            continue
-        try:
-            run[stage](bench)
-        except (AssertionError, RuntimeError) as error:
-            failed = True
-            bench.unmeasured.append(f"{stage}: {error}")
-            print(f"{stage}: FAILED: {error}", file=sys.stderr, flush=True)
-            if stage == "check":
-                break  # times of wrong kernels are worth nothing
-        if not bench.emulated:
-            torch.cuda.empty_cache()
-    print(f"\n{HEADER}")
-    for row in bench.rows:
-        print(format_row(row))
-    for what in bench.unmeasured:
-        print(f"unmeasured: {what}")
-    if arguments.csv:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)])
-            writer.writeheader()
-            writer.writerows(dataclasses.asdict(row) for row in bench.rows)
-    print(f"{time.monotonic() - bench.started:.0f} s")
-    return int(failed)
+    try:
+        results.bench = Bench(arguments)
+        ok = run(results.bench, results.unfinished)
+    finally:
+        results.print()
+    return int(not ok)
 
 
 if __name__ == "__main__":
