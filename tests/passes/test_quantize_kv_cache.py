@@ -43,8 +43,9 @@ def test_the_packed_cache_computes_what_the_float_cache_does(
     _quantize(packed, bits)()
     _quantize(plain, bits, "float")()
     a, b = (logits(running.run, d.model).astype(np.float64) for d in (packed, plain))
-    # A second layer's code may fall on the other side of a rounding boundary.
-    bound = 0.1 if num_layers == 2 else 64 * (1e-3 if dtype == "float16" else 1e-7)
+    # A second layer's code may fall on the other side of a rounding boundary. In float32, products
+    # with bytes up to 255 cancel to values of a few steps, which costs 5 bits.
+    bound = 0.1 if num_layers == 2 else 64 * (1e-3 if dtype == "float16" else 32 * 1e-7)
     assert np.abs(a - b).max() <= bound * np.abs(b).max()
 
 
