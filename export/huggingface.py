@@ -2,6 +2,7 @@
 """From a Hugging Face directory to a float ONNX model with lazy weights."""
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from functools import partial
 
 import numpy as np
@@ -86,6 +87,7 @@ def _bind_weights(
     """Give each initializer its lazy weight; `stored` maps names to those on disk."""
     from quarot_onnx.export.trace import TIED  # noqa: PLC0415  # imports torch
 
+    bound: set[str] = set()
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:
             continue
@@ -93,6 +95,7 @@ def _bind_weights(
         tied = value.metadata_props.pop(TIED, None)
         parameter = tied if tied is not None and tied in stored else how.tensor
         entry = checkpoint.tensor(stored.get(parameter, parameter))
+        bound |= {parameter, how.tensor}
         check_float(entry)
         source = CheckpointSource(entry, how.transposed, how.rows)
         assert value.shape is not None
@@ -106,6 +109,23 @@ def _bind_weights(
             weight.compose(0, partial(np.add, how.addend))
         value.const_value = weight
         value.type = ir.TensorType(dtype)
+    _refuse_leftovers(checkpoint, stored, bound)
+
+
+def _refuse_leftovers(
+    checkpoint: Checkpoint, stored: Mapping[str, str], bound: AbstractSet[str]
+) -> None:
+    """A bias that the configuration does not know would be dropped: another model that runs.
+
+    Other tensors that nothing reads (old RoPE tables, value heads) are ignored, as in transformers.
+    """
+    modules = {name.rpartition(".")[0] for name in bound}
+    for parameter, name in stored.items():
+        if parameter not in bound and parameter.rpartition(".")[0] in modules:
+            raise InputError(
+                f"{checkpoint.tensors[name].file}: tensor {name} belongs to a module whose other "
+                "tensors are used, and config.json has no place for it; repair config.json"
+            )
 
 
 def _on_disk(shape: ir.Shape, how: Reading) -> str:

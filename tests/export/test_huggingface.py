@@ -236,3 +236,13 @@ def test_a_missing_bias_is_named(tmp_path: Path, traced_once: None) -> None:
         InputError, match=r"tensor model\.layers\.0\.self_attn\.q_proj\.bias is miss"
     ):
         _float(source)
+
+
+def test_a_bias_that_the_configuration_does_not_know_is_refused(
+    tmp_path: Path, traced_once: None
+) -> None:
+    directory = models.save(models.build("llama", attention_bias=True), tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "attention_bias": False}))
+    with pytest.raises(InputError, match=r"proj\.bias belongs to a module .* repair config"):
+        onnx_from_huggingface(Checkpoint(directory), ir.DataType.FLOAT)
