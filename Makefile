@@ -7,7 +7,7 @@ DEMO := out/demo
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint format clean
+.PHONY: help setup demo test mutations check lint format clean
 
 help: ## Show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,16 +29,19 @@ demo: setup ## Export, validate, evaluate and run the embedded model; write out/
 	$(BIN)/quarot-onnx report $(DEMO)/w4a4kv4 $(DEMO)/report.html --reference $(MODEL) --text $(TEXT) \
 	  --prompt "Return the" --validation $(DEMO)/validation.json --evaluation $(DEMO)/evaluation.json
 
-test: setup ## Run the tests (CPU, offline)
-	$(BIN)/python -m pytest -n auto
+test: setup ## Run the tests (CPU, offline); the mutation tests are `make mutations`
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
-lint: setup ## Run ruff and mypy
+mutations: setup ## Plant bugs in the kernels and see the tests catch them
+	$(BIN)/python -m pytest -n auto -m slow
+
+lint: setup ## Run ruff, mypy and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'plugins_cuda/*.cu' 'plugins_cuda/*.cuh' 'plugins_cuda/*.hpp' 'plugins_cuda/*.h' 'tests/*.cu')
 
-check: lint ## Lint, then the quick tests
-	$(BIN)/python -m pytest -n auto -m "not slow"
+check: lint test ## Lint and test
 
 format: setup ## Let ruff format the code
 	$(BIN)/ruff format .

@@ -7,6 +7,8 @@ the tests. An unknown one is refused: a guessed mapping would be a wrong model t
 
 import copy
 import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +17,64 @@ from quarot_onnx.errors import InputError, UnsupportedModelError
 if TYPE_CHECKING:
     import transformers
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED = (
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "opt",
+    "phi3",
+    "qwen2",
+    "qwen3",
+)
 """Values of ``model_type`` in config.json."""
 
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-)
+LLAMA_MODULES = ("llama", "mistral", "qwen2", "qwen3")
+"""Those whose modules and weights on disk are Llama's: the PyTorch model of the artifact's codes
+(`quarot_onnx.reference.FakeQuantModel`) and the comparison of weights are written for them."""
+
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_INTERMEDIATE_SIZE = ("ffn_dim", "intermediate_size")
+_ACTIVATION = ("hidden_activation", "hidden_act", "activation_function")
+_HEAD_DIM = {"gemma2": 256, "gemma3_text": 256, "qwen3": 128}
+"""What transformers assumes where config.json does not say; others divide hidden_size by heads."""
 _LIMIT = 1 << 24
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The sizes of a decoder, whatever its configuration calls them."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocabulary_size: int
+
+
+def dimensions(raw: Mapping[str, Any]) -> Dimensions:
+    """The sizes in the content of a config.json that `check_config` has accepted."""
+    hidden_size, heads = raw["hidden_size"], raw["num_attention_heads"]
+    assumed = _HEAD_DIM.get(raw["model_type"], hidden_size // heads)
+    return Dimensions(
+        hidden_size=hidden_size,
+        intermediate_size=raw[_key(raw, _INTERMEDIATE_SIZE)],
+        num_layers=raw["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or assumed,
+        vocabulary_size=raw["vocab_size"],
+    )
+
+
+def _key(raw: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """The first of `names` that `raw` has, else the last."""
+    return next((name for name in names if raw.get(name) is not None), names[-1])
 
 
 def check_config(path: Path, raw: dict[str, Any]) -> None:
@@ -49,7 +96,14 @@ def check_config(path: Path, raw: dict[str, Any]) -> None:
         )
     _check_sizes(path, raw)
     for key in ("rope_scaling", "rope_parameters"):
-        _check_rope(path, key, raw.get(key) or {})
+        rope = raw.get(key) or {}
+        by_layer_type = isinstance(rope, dict) and rope and _are_tables(rope.values())
+        for table in rope.values() if by_layer_type else [rope]:
+            _check_rope(path, key, table)
+
+
+def _are_tables(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
 def _check_rope(path: Path, key: str, rope: Any) -> None:
@@ -91,17 +145,21 @@ def load_config(directory: Path, raw: dict[str, Any]) -> "transformers.Pretraine
     except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, OSError) as e:
         reason = " ".join(str(e).split()) or repr(e)
         raise InputError(f"{path}: transformers refuses it ({reason}); repair the file") from e
-    _check_heads(path, config.num_attention_heads, config.num_key_value_heads)
-    if config.hidden_act not in ACT2FN:
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None)
+    _check_heads(path, heads, heads if kv_heads is None else kv_heads)
+    known = {name: getattr(config, name, None) for name in _ACTIVATION}
+    key = _key(known, _ACTIVATION)
+    if known[key] not in ACT2FN:
         raise UnsupportedModelError(
-            f"{path}: hidden_act {config.hidden_act!r} is not an activation of transformers; "
+            f"{path}: {key} {known[key]!r} is not an activation of transformers; "
             "repair the file or update transformers"
         )
     return config
 
 
 def _check_sizes(path: Path, raw: dict[str, Any]) -> None:
-    for key in _SIZES:
+    for key in (*_SIZES, _key(raw, _INTERMEDIATE_SIZE)):
         value = raw.get(key)
         if type(value) is not int or not 0 < value <= _LIMIT:
             raise InputError(
@@ -109,7 +167,7 @@ def _check_sizes(path: Path, raw: dict[str, Any]) -> None:
             )
     heads, kv_heads = raw["num_attention_heads"], raw.get("num_key_value_heads")
     _check_heads(path, heads, heads if kv_heads is None else kv_heads)
-    head_dim = raw.get("head_dim")
+    head_dim = raw.get("head_dim", _HEAD_DIM.get(raw["model_type"]))
     if head_dim is None and raw["hidden_size"] % heads:
         raise InputError(
             f"{path}: num_attention_heads = {heads} does not divide hidden_size = "

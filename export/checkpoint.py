@@ -164,21 +164,50 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows r of a tensor on disk with ``start <= r % period < stop``.
+
+    A range of rows has the number of rows as its period; the queries of a linear that writes
+    query, key and value head by head have a period of ``3 * head_dim``.
+    """
+
+    period: int
+    start: int
+    stop: int
+
+    def count(self, rows: int) -> int:
+        """How many of `rows` rows are selected."""
+        return rows // self.period * (self.stop - self.start)
+
+    def numbers(self, selected: slice) -> NDArray[np.intp]:
+        """The row numbers on disk of some of the selected rows."""
+        width = self.stop - self.start
+        number = np.arange(selected.start or 0, selected.stop)
+        found: NDArray[np.intp] = number // width * self.period + self.start + number % width
+        return found
+
+
+@dataclass(frozen=True)
 class CheckpointSource:
     """A checkpoint tensor as a `quarot_onnx.weights.Source`.
 
     Attributes:
         entry: the tensor on disk.
         transposed: the ONNX layout is the transpose of the one on disk (torch's linear weights).
+        rows: which rows on disk it has; None is all.
     """
 
     entry: TensorEntry
     transposed: bool = False
+    rows: Rows | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape in ONNX layout."""
-        return self.entry.shape[::-1] if self.transposed else self.entry.shape
+        shape = self.entry.shape
+        if self.rows is not None:
+            shape = (self.rows.count(shape[0]), *shape[1:])
+        return shape[::-1] if self.transposed else shape
 
     def read(self, index: tuple[slice, ...]) -> Float64:
         """The numbers at `index` (ONNX layout) as a float64 array that is contiguous.
@@ -186,16 +215,27 @@ class CheckpointSource:
         Raises:
             InputError: a number is not finite.
         """
-        on_disk = index[::-1] if self.transposed else index
-        values = _map(self.entry)[on_disk].astype(np.float64)
+        part = index[::-1] if self.transposed else index
+        values = self._stored(part).astype(np.float64)
         if not np.isfinite(values).all():
             bad = np.argwhere(~np.isfinite(values))
-            first = [int(i) + (s.start or 0) for i, s in zip(bad[0], on_disk, strict=True)]
+            first = [int(i) + (s.start or 0) for i, s in zip(bad[0], part, strict=True)]
+            if self.rows is not None:
+                first[0] = int(self.rows.numbers(slice(first[0], first[0] + 1))[0])
             raise InputError(
                 f"{self.entry.file}: tensor {self.entry.name} has {len(bad)} values that are not "
                 f"finite (first at {first}); download it again or repair the model"
             )
         return np.ascontiguousarray(values.T) if self.transposed else values
+
+    def _stored(self, part: tuple[slice, ...]) -> NDArray[Any]:
+        """The numbers at `part` of the selected rows, in the dtype on disk."""
+        stored = _map(self.entry)
+        if self.rows is None:
+            return stored[part]
+        first = part[0]
+        end = self.rows.count(len(stored)) if first.stop is None else first.stop
+        return stored[self.rows.numbers(slice(first.start, end))][(slice(None), *part[1:])]
 
 
 def _map(entry: TensorEntry) -> NDArray[Any]:

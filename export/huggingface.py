@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a Hugging Face directory to a float ONNX model with lazy weights."""
 
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from functools import partial
+
+import numpy as np
 import onnx_ir as ir
 
 from quarot_onnx.errors import InputError
 from quarot_onnx.export.architectures import load_config, shallow
+from quarot_onnx.export.canonical import Reading, canonicalize, reading
 from quarot_onnx.export.checkpoint import Checkpoint, CheckpointSource, check_float
 from quarot_onnx.export.lower import lower_markers, set_float_dtype
-from quarot_onnx.export.stitch import TRANSPOSED, assign_names, canonicalize, stitch
+from quarot_onnx.export.stitch import assign_names, stitch
 from quarot_onnx.weights import Weight
 
 IR_VERSION = 10
@@ -28,9 +34,6 @@ COMPANIONS = (
 """Files that travel with an artifact unchanged, where the model has them."""
 
 
-_TIED_PAIR = ("model.embed_tokens.weight", "lm_head.weight")
-
-
 def onnx_from_huggingface(checkpoint: Checkpoint, dtype: ir.DataType) -> ir.Model:
     """The float ONNX model of `checkpoint`.
 
@@ -45,19 +48,27 @@ def onnx_from_huggingface(checkpoint: Checkpoint, dtype: ir.DataType) -> ir.Mode
         InputError: a weight is missing or has another shape than the configuration says.
         UnsupportedModelError: an architecture, RoPE or weight dtype that is not supported.
     """
-    from quarot_onnx.export.trace import trace  # noqa: PLC0415  # imports torch
+    from quarot_onnx.export.conversion import stored_names  # noqa: PLC0415  # imports torch
+    from quarot_onnx.export.trace import TIED, trace  # noqa: PLC0415
 
     config = load_config(checkpoint.directory, checkpoint.config)
-    if config.tie_word_embeddings and not checkpoint.are_equal(*_TIED_PAIR):
-        config.tie_word_embeddings = False  # transformers, too, uses both where both are given
     reduced, kinds = shallow(config)
+    stored = stored_names(checkpoint, config)
     model = trace(reduced)
+    pairs = [(name, v.metadata_props.get(TIED)) for name, v in model.graph.initializers.items()]
+    if not all(
+        checkpoint.are_equal(stored.get(name, name), stored.get(tied, tied))
+        for name, tied in pairs
+        if tied is not None
+    ):
+        reduced.tie_word_embeddings = False  # transformers, too, uses both where both are given
+        model = trace(reduced)
     canonicalize(model)
     lower_markers(model)
     stitch(model, kinds)
     set_float_dtype(model, dtype)
     assign_names(model)
-    _bind_weights(model, checkpoint, dtype)
+    _bind_weights(model, checkpoint, stored, dtype)
     held = [*model.graph.inputs, *model.graph.initializers.values()]
     for value in [*held, *(v for node in model.graph for v in node.outputs)]:
         value.metadata_props.clear()  # the tracer's
@@ -70,23 +81,54 @@ def onnx_from_huggingface(checkpoint: Checkpoint, dtype: ir.DataType) -> ir.Mode
     return model
 
 
-def _bind_weights(model: ir.Model, checkpoint: Checkpoint, dtype: ir.DataType) -> None:
+def _bind_weights(
+    model: ir.Model, checkpoint: Checkpoint, stored: Mapping[str, str], dtype: ir.DataType
+) -> None:
+    """Give each initializer its lazy weight; `stored` maps names to those on disk."""
     from quarot_onnx.export.trace import TIED  # noqa: PLC0415  # imports torch
 
+    bound: set[str] = set()
     for name, value in model.graph.initializers.items():
-        transposed = value.metadata_props.pop(TRANSPOSED, None) is not None
         if value.const_value is not None:
             continue
+        how = reading(value)
         tied = value.metadata_props.pop(TIED, None)
-        entry = checkpoint.tensor(tied if tied in checkpoint.tensors else name)
+        parameter = tied if tied is not None and tied in stored else how.tensor
+        entry = checkpoint.tensor(stored.get(parameter, parameter))
+        bound |= {parameter, how.tensor}
         check_float(entry)
-        source = CheckpointSource(entry, transposed)
+        source = CheckpointSource(entry, how.transposed, how.rows)
         assert value.shape is not None
         if tuple(source.shape) != tuple(value.shape):
-            expected = list(value.shape)[::-1] if transposed else list(value.shape)
             raise InputError(
-                f"{entry.file}: tensor {name} has shape {list(entry.shape)} where config.json "
-                f"implies {expected}; the two do not belong together"
+                f"{entry.file}: tensor {entry.name} has shape {list(entry.shape)} where "
+                f"config.json implies {_on_disk(value.shape, how)}; the two do not belong together"
             )
-        value.const_value = Weight(name, source, dtype)
+        weight = Weight(name, source, dtype)
+        if how.addend:
+            weight.compose(0, partial(np.add, how.addend))
+        value.const_value = weight
         value.type = ir.TensorType(dtype)
+    _refuse_leftovers(checkpoint, stored, bound)
+
+
+def _refuse_leftovers(
+    checkpoint: Checkpoint, stored: Mapping[str, str], bound: AbstractSet[str]
+) -> None:
+    """A bias that the configuration does not know would be dropped: another model that runs.
+
+    Other tensors that nothing reads (old RoPE tables, value heads) are ignored, as in transformers.
+    """
+    modules = {name.rpartition(".")[0] for name in bound}
+    for parameter, name in stored.items():
+        if parameter not in bound and parameter.rpartition(".")[0] in modules:
+            raise InputError(
+                f"{checkpoint.tensors[name].file}: tensor {name} belongs to a module whose other "
+                "tensors are used, and config.json has no place for it; repair config.json"
+            )
+
+
+def _on_disk(shape: ir.Shape, how: Reading) -> str:
+    """The shape that a tensor should have on disk, for a message."""
+    expected = list(shape)[::-1] if how.transposed else list(shape)
+    return f"{expected} in each part" if how.rows is not None else f"{expected}"

@@ -1,62 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the traced graph of a few layers to the graph of all of them.
 
-Three steps, each valid ONNX in and out: `canonicalize` gives weights the ONNX layout and nodes
-their Hugging Face module path, `stitch` clones the layers to full depth, `assign_names` names
-everything after its module (``/model/layers.3/mlp/down_proj/MatMul``) and drops the exporter's
-metadata.
+Two steps, each valid ONNX in and out: `stitch` clones the layers of a canonical template to full
+depth, `assign_names` names everything after its module (``/model/layers.3/mlp/down_proj/MatMul``)
+and drops the exporter's metadata.
 """
 
-import ast
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from quarot_onnx.errors import UnsupportedModelError
-
-MODULE = "quarot.module"
-"""Node metadata: the path of the Hugging Face module that the node computes in."""
-
-TRANSPOSED = "quarot.transposed"
-"""Initializer metadata: the tensor on disk is the transpose of the initializer."""
+from quarot_onnx.export.canonical import MODULE, is_weight, reading, set_reading
 
 _LAYER = re.compile(r"\.layers\.(\d+)(?=\.|$)")
-
-
-def canonicalize(model: ir.Model) -> None:
-    """Stamp modules, turn ``Transpose(W) -> MatMul`` into ``MatMul`` of [in, out], share.
-
-    A weight with another reader (tied embeddings) keeps its Transpose.
-    """
-    for node in model.graph:
-        module = _module(node)
-        node.metadata_props.clear()
-        node.metadata_props[MODULE] = module
-    for node in list(model.graph):
-        weight = node.inputs[0] if node.inputs else None
-        if (
-            node.op_type == "Transpose"
-            and weight is not None
-            and weight.is_initializer()
-            and len(weight.uses()) == 1
-            and weight.shape is not None
-            and weight.const_value is None
-        ):
-            node.outputs[0].replace_all_uses_with(weight)
-            model.graph.remove(node, safe=True)
-            weight.shape = ir.Shape(list(weight.shape)[::-1])
-            weight.metadata_props[TRANSPOSED] = "1"
-    common_passes.CommonSubexpressionEliminationPass()(model)
-    common_passes.RemoveUnusedNodesPass()(model)
-
-
-def _module(node: ir.Node) -> str:
-    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-    paths = [scope for scope in scopes if scope.startswith("model.")]
-    return paths[-1].removeprefix("model.") if paths else ""
 
 
 def layer_index(name: str) -> int | None:
@@ -147,9 +107,7 @@ def _bodies(graph: ir.Graph, count: int) -> list[list[ir.Node]]:
 
 
 def _is_embedding(node: ir.Node) -> bool:
-    return node.op_type == "Gather" and any(
-        v is not None and v.is_initializer() and v.const_value is None for v in node.inputs
-    )
+    return node.op_type == "Gather" and any(is_weight(v) for v in node.inputs)
 
 
 def _boundary(body: list[ir.Node]) -> tuple[ir.Value, ir.Value]:
@@ -232,6 +190,9 @@ class _Clone:
             const_value=value.const_value,
             metadata_props=dict(value.metadata_props),
         )
+        if is_weight(value):
+            how = reading(value)
+            set_reading(copy, replace(how, tensor=_in_layer(how.tensor, index)))
         kept.append(copy)
         self.mapping[value] = copy
 

@@ -212,7 +212,7 @@ class _Observed:
         self._tokens = tokens
         rewritten = rewrite(checkpoint, recipe, "float32")
         self._model, self._decoder = rewritten.model, rewritten.decoder
-        vocabulary = self._decoder.embedding_weight.shape.numpy()[0]
+        vocabulary = self._decoder.embedding_weights[0].shape.numpy()[0]
         outside = tokens[(tokens < 0) | (tokens >= vocabulary)]
         if outside.size:
             raise InputError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: arguments in, tables or JSON out; the work is done elsewhere.
+"""The command line: arguments in, tables or JSON out; work and tables are elsewhere.
 
 Data goes to standard output, progress and errors to standard error. Heavy modules are imported by
 the commands that use them, so that ``--help`` answers at once.
@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from quarot_onnx import tables
 from quarot_onnx.errors import InputError, QuarotError, ResourceError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from quarot_onnx.artifacts import Progress
 
 EXIT_CODES = """Exit codes: 0 ok, 1 a bug, 2 usage or recipe, 3 bad input, 4 unsupported model,
@@ -103,7 +102,7 @@ def export(
     resolved = load_recipe(recipe, settings or ())
     if dry_run:
         found = forecast(Checkpoint(model_dir), resolved, dtype)
-        _emit(forecast_json(found), as_json, lambda: _show_forecast(forecast_json(found)))
+        _emit(forecast_json(found), as_json, lambda: tables.show_forecast(forecast_json(found)))
         return
     from quarot_onnx.pipeline import export as run_export  # noqa: PLC0415
 
@@ -111,7 +110,7 @@ def export(
         manifest = run_export(
             model_dir, out_dir, resolved, dtype=dtype, force=force, progress=progress
         )
-    _emit(manifest, as_json, lambda: _show_manifest(out_dir, manifest))
+    _emit(manifest, as_json, lambda: tables.show_manifest(out_dir, manifest))
 
 
 @app.command()
@@ -135,7 +134,7 @@ def validate(
         artifact, reference, require=tuple(require or ()), runtime=runtime, threads=threads
     )
     content = verdict.as_json()
-    _emit(content, as_json, lambda: _show_verdict(content), save_json)
+    _emit(content, as_json, lambda: tables.show_verdict(content), save_json)
     verdict.require_passed()
 
 
@@ -172,7 +171,7 @@ def evaluate(
             threads=threads,
             progress=progress,
         )
-    _emit(content, as_json, lambda: _show_evaluation(content), save_json)
+    _emit(content, as_json, lambda: tables.show_evaluation(content), save_json)
 
 
 @app.command()
@@ -226,7 +225,7 @@ def inspect(
     from quarot_onnx.inspection import inspect as run_inspect  # noqa: PLC0415
 
     found = asdict(run_inspect(artifact))
-    _emit(found, as_json, lambda: _show_inspection(found, all_layers=all_layers))
+    _emit(found, as_json, lambda: tables.show_inspection(found, all_layers=all_layers))
 
 
 @app.command()
@@ -268,16 +267,8 @@ def recipes(
         found = load_recipe(name)
         _emit(found.model_dump(), as_json, lambda: sys.stdout.write(preset_text(name)))
         return
-    presets = [load_recipe(preset) for preset in preset_names()]
-    _emit(
-        [preset.model_dump() for preset in presets],
-        as_json,
-        lambda: _table(
-            "Recipes",
-            ["recipe", "what it does"],
-            [[preset.name, preset.description] for preset in presets],
-        ),
-    )
+    presets = [load_recipe(preset).model_dump() for preset in preset_names()]
+    _emit(presets, as_json, lambda: tables.show_recipes(presets))
 
 
 @app.command()
@@ -287,17 +278,9 @@ def doctor(as_json: Json = False) -> None:
 
     from quarot_onnx.doctor import diagnose  # noqa: PLC0415
 
-    findings = diagnose()
-    _emit(
-        [asdict(finding) for finding in findings],
-        as_json,
-        lambda: _table(
-            "This machine",
-            ["what", "found", "needed for", "what to do"],
-            [[f.name, f.found or "-", f.needed_for, f.remedy] for f in findings],
-        ),
-    )
-    if any(finding.is_problem for finding in findings):
+    findings = [asdict(finding) for finding in diagnose()]
+    _emit(findings, as_json, lambda: tables.show_findings(findings))
+    if any(finding["is_problem"] for finding in findings):
         raise typer.Exit(5)
 
 
@@ -318,7 +301,7 @@ def _options(
     del version
 
 
-# --- Output ---------------------------------------------------------------------------------------
+# --- Output --------------------------------------------------------------------------------------
 
 
 def _emit(content: Any, as_json: bool, show: Any, save_to: Path | None = None) -> None:
@@ -348,29 +331,6 @@ def _load_json(path: Path | None) -> dict[str, Any] | None:
         ) from error
 
 
-def _console() -> "Console":
-    from rich.console import Console  # noqa: PLC0415
-
-    return Console(highlight=False)
-
-
-def _table(title: str, columns: list[str], rows: list[list[str]], numeric: int = 0) -> None:
-    """Print a table; the last `numeric` columns are right-aligned."""
-    from rich import box  # noqa: PLC0415
-    from rich.markup import escape  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-
-    table = Table(title=escape(title), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for position, column in enumerate(columns):
-        right = position >= len(columns) - numeric
-        table.add_column(
-            column, justify="right" if right else "left", no_wrap=right, overflow="fold"
-        )
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    _console().print(table)
-
-
 @contextmanager
 def _progress(label: str, unit: str = "MB") -> "Iterator[Progress]":
     """A progress bar on a terminal's standard error; silent in a pipe."""
@@ -395,141 +355,3 @@ def _progress(label: str, unit: str = "MB") -> "Iterator[Progress]":
             bar.update(task, description=label, completed=done, total=total, done=text)
 
         yield update
-
-
-def _size(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def _show_forecast(found: dict[str, Any]) -> None:
-    _table(
-        f"Rotations of {found['recipe']} for {found['model_type']}, {found['layers']} layers",
-        ["place", "matrix", "runs", "size", "MACs/token", "peaks / by"],
-        [
-            [
-                f"{site['name']}: {site['where']}",
-                site["how"],
-                site["runs"],
-                str(site["size"]),
-                f"{site['cost']:,}" if site["cost"] else "-",
-                f"{site['suppression']:.0f}",
-            ]
-            for site in found["sites"]
-        ],
-        numeric=3,
-    )
-    for site in found["sites"]:
-        if site["reason"]:
-            print(f"{site['name']}: {site['reason']}")
-    smaller = found["float_cache_bytes_per_token"] / found["cache_bytes_per_token"]
-    _table(
-        "Sizes",
-        ["what", "how much"],
-        [
-            ["parameters", f"{found['parameters']:,}"],
-            ["linears of the layers", _size(found["weight_bytes"])],
-            [f"embedding, head, norms ({found['dtype']})", _size(found["float_bytes"])],
-            ["on disk", _size(found["weight_bytes"] + found["float_bytes"])],
-            ["cache per token", _size(found["cache_bytes_per_token"])],
-            ["float32 cache per token is larger by", f"{smaller:.1f} times"],
-            ["memory while exporting (estimate)", _size(found["peak_memory_bytes"])],
-        ],
-        numeric=1,
-    )
-
-
-def _show_manifest(out_dir: Path, manifest: dict[str, Any]) -> None:
-    rows = []
-    for entry in manifest["passes"]:
-        skipped = "; ".join(f"skipped {len(at)}: {why}" for why, at in entry["skipped"].items())
-        detail = "; ".join(part for part in (entry["detail"], skipped) if part)
-        rows.append([entry["name"], entry["effect"], detail, str(entry["sites"])])
-    _table(
-        f"Recipe {manifest['recipe']['name']}",
-        ["pass", "effect", "detail", "sites"],
-        rows,
-        numeric=1,
-    )
-    size = sum((out_dir / name).stat().st_size for name in manifest["files"])
-    print(f"wrote {out_dir}: {_size(size)}")
-    print(f"next: quarot-onnx validate {out_dir} --reference MODEL_DIR")
-
-
-def _show_verdict(content: dict[str, Any]) -> None:
-    marks = {"passed": "✓", "failed": "✗", "skipped": "–"}
-    _table(
-        "Validation",
-        ["", "stage", "what was found", "value", "threshold"],
-        [
-            [
-                marks[stage["status"]],
-                stage["id"],
-                stage["detail"],
-                _number(stage["value"]),
-                _number(stage["threshold"]),
-            ]
-            for stage in content["stages"]
-        ],
-        numeric=2,
-    )
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
-
-
-def _show_evaluation(content: dict[str, Any]) -> None:
-    baselines = content.get("baselines", {})
-    labels = {
-        "fp32": "Hugging Face, fp32",
-        "unrotated": "same bits, unrotated",
-        "folded": "same bits, norm scales folded, unrotated",
-    }
-    rows = [[labels[name], f"{baselines[name]:,.3f}"] for name in labels if name in baselines]
-    rows.append([f"{content['recipe']} on {content['runtime']}", f"{content['perplexity']:,.3f}"])
-    _table(
-        f"Perplexity over {content['windows']} windows of {content['window_length']} tokens",
-        ["model", "perplexity"],
-        rows,
-        numeric=1,
-    )
-    for name, removed in content.get("damage_removed", {}).items():
-        print(f"removed of the damage in log-perplexity of: {labels[name]}: {removed:.1%}")
-    if decode := content.get("decode"):
-        print(
-            f"token by token through the cache: perplexity {decode['perplexity']:.3f}, "
-            f"top-1 agreement with one pass {decode['top1_agreement']:.1%}"
-        )
-
-
-def _show_inspection(found: dict[str, Any], *, all_layers: bool) -> None:
-    manifest = found["manifest"]
-    print(
-        f"{manifest['source']['model_type']}, recipe {manifest['recipe']['name']}, "
-        f"{manifest['dtype']}: {found['layers']} layers, {found['nodes']} nodes, "
-        f"{_size(found['weight_bytes'])} of weights"
-    )
-    shown = [row for row in found["linears"] if all_layers or row["layer"] in (None, 0)]
-    _table(
-        "Linears" if all_layers else f"Linears of layer 0 (of {found['layers']}) and the head",
-        ["layer", "linear", "rotated by", "shape", "W", "A", "size"],
-        [
-            [
-                "-" if row["layer"] is None else str(row["layer"]),
-                row["name"],
-                row["rotation"],
-                f"{row['in_features']} x {row['out_features']}",
-                str(row["weight_bits"]),
-                str(row["activation_bits"]),
-                _size(row["bytes"]),
-            ]
-            for row in shown
-        ],
-        numeric=4,
-    )
-    _table("Cache of layer 0", ["input", "dtype", "shape"], [list(row) for row in found["cache"]])
-    counts = ", ".join(f"{count} {name}" for name, count in found["operators"].items())
-    print(f"quarot operators: {counts or 'none'}")

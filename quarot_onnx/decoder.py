@@ -2,10 +2,13 @@
 """Where things are in a decoder's graph: typed handles, located once by dataflow.
 
 `Decoder.locate` follows the residual stream from the embedding to the logits. Everything that
-touches it must be one of three things: a norm, whose output only linears read (*readers*), the
-output of a linear that is added to it (*writers*), or the final norm. Whatever else is found is
-refused by name, because a residual stream that is rotated in part is a wrong model that still
-talks.
+touches it must be one of four things: a norm, whose output only linears read (*readers*), the
+output of a linear that is added to it, perhaps through a norm of its own (*writers*), an embedding
+that is added to it, or a number that it is multiplied by. Whatever else is found is refused by
+name, because a residual stream that is rotated in part is a wrong model that still talks.
+
+Halves of a layer may follow each other or run side by side: attention and feed-forward are told
+apart, and paired, by what their inputs are computed from.
 
 A handle reads its node live, so it stays true while passes rewrite the graph around it.
 """
@@ -13,10 +16,11 @@ A handle reads its node live, so it stays true while passes rewrite the graph ar
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
 from quarot_onnx.errors import UnsupportedModelError
-from quarot_onnx.weights import Weight
+from quarot_onnx.weights import ArraySource, Weight
 
 _SHAPE_OPS = frozenset({"Reshape", "Transpose", "Cast"})
 
@@ -118,6 +122,33 @@ class Linear:
         """The output with the bias added."""
         return (self._bias_node or self.node).outputs[0]
 
+    def add_bias(self, graph: ir.Graph) -> Weight:
+        """The bias, which from now on exists: zeros [out_features] where there was none."""
+        if self.bias is not None:
+            return self.bias
+        name = f"{self.weight.name.removesuffix('.weight')}.bias"
+        weight = Weight(name, ArraySource(np.zeros(self.out_features)), self.weight.dtype)
+        value = ir.Value(
+            name=name, type=ir.TensorType(weight.dtype), shape=ir.Shape([self.out_features])
+        )
+        value.const_value = weight
+        graph.initializers[name] = value
+        product = self.node.outputs[0]
+        node = ir.node("Add", [product, value], name=f"{self.module}/Add")
+        result = node.outputs[0]
+        result.type, result.shape, result.name = (
+            product.type,
+            product.shape,
+            f"{node.name}_output_0",
+        )
+        if product.is_graph_output():
+            product.name, result.name = f"{self.name}_output_0", product.name
+        product.replace_all_uses_with(result, replace_graph_outputs=True)
+        node.replace_input_with(0, product)
+        graph.insert_after(self.node, node)
+        self._bias_node = node
+        return weight
+
     def replace(self, graph: ir.Graph, node: ir.Node) -> None:
         """Let `node`, which computes the same product, take this linear's place in `graph`."""
         old, new = self.node.outputs[0], node.outputs[0]
@@ -128,12 +159,12 @@ class Linear:
         self.node = node
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Norm:
-    """An RMSNormalization of the residual stream and the linears that read it.
+    """A norm of the residual stream and the linears that read it.
 
     Attributes:
-        node: the RMSNormalization.
+        node: an ``RMSNormalization``, or a ``LayerNormalization`` until its mean is folded.
         readers: every consumer of its output.
     """
 
@@ -151,6 +182,78 @@ class Norm:
         weight = weight_of(self.node.inputs[1])
         assert weight is not None
         return weight
+
+    @property
+    def is_layer_norm(self) -> bool:
+        """Whether it subtracts the mean."""
+        return self.node.op_type == "LayerNormalization"
+
+    @property
+    def shift(self) -> Weight | None:
+        """The bias of a LayerNorm, beta [hidden_size], where there is one."""
+        inputs = self.node.inputs
+        return weight_of(inputs[2]) if self.is_layer_norm and len(inputs) > 2 else None
+
+    def drop_mean(self, graph: ir.Graph) -> None:
+        """Put an ``RMSNormalization`` with the same scale and epsilon in a LayerNorm's place."""
+        old, name = self.node, self.name.replace("LayerNormalization", "RMSNormalization")
+        epsilon = old.attributes.get_float("epsilon", 1e-5)
+        node = ir.node(
+            "RMSNormalization", old.inputs[:2], {"axis": -1, "epsilon": epsilon}, name=name
+        )
+        result = node.outputs[0]
+        result.name = f"{name}_output_0"
+        result.type, result.shape = old.outputs[0].type, old.outputs[0].shape
+        graph.insert_before(old, node)
+        old.outputs[0].replace_all_uses_with(result)
+        shift = old.inputs[2] if len(old.inputs) > 2 else None
+        graph.remove(old, safe=True)
+        if shift is not None and not shift.uses():
+            graph.initializers.pop(shift.name or "")
+        self.node = node
+
+
+@dataclass(frozen=True, eq=False)
+class PostNorm:
+    """A norm between a writer and the residual stream, whose scale nothing can take over.
+
+    Attributes:
+        node: the ``RMSNormalization``.
+        addition: the ``Add`` into the stream that reads it.
+    """
+
+    node: ir.Node
+    addition: ir.Node
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return self.node.name or ""
+
+    @property
+    def module(self) -> str:
+        """The name without the operator."""
+        return self.name.rpartition("/")[0]
+
+    @property
+    def scale(self) -> Weight:
+        """Its scale, gamma [hidden_size]."""
+        weight = weight_of(self.node.inputs[1])
+        assert weight is not None
+        return weight
+
+
+@dataclass(frozen=True, eq=False)
+class Writer:
+    """A linear whose output is added to the residual stream.
+
+    Attributes:
+        linear: the linear.
+        post_norm: what its output goes through on the way; None is an addition as it is.
+    """
+
+    linear: Linear
+    post_norm: PostNorm | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +311,8 @@ class Decoder:
 
     Attributes:
         model: the graph that the handles point into.
-        embedding: the Gather of token embeddings.
+        embeddings: the Gathers that write the residual stream: of tokens, then of learned positions
+            where there are any.
         norms: every norm of the residual stream, first to last; the last one feeds `lm_head`.
         writers: every linear whose output is added to the residual stream.
         layers: the layers, first to last.
@@ -217,9 +321,9 @@ class Decoder:
     """
 
     model: ir.Model
-    embedding: ir.Node
+    embeddings: tuple[ir.Node, ...]
     norms: tuple[Norm, ...]
-    writers: tuple[Linear, ...]
+    writers: tuple[Writer, ...]
     layers: tuple[Layer, ...]
     lm_head: Linear
     hidden_size: int
@@ -230,11 +334,15 @@ class Decoder:
         return tuple(linear for layer in self.layers for linear in layer.linears)
 
     @property
-    def embedding_weight(self) -> Weight:
-        """Token embeddings [vocabulary, hidden_size]."""
-        weight = weight_of(self.embedding.inputs[0])
-        assert weight is not None
-        return weight
+    def embedding_weights(self) -> tuple[Weight, ...]:
+        """The tables [rows, hidden_size]; the first is that of the tokens."""
+        weights = tuple(weight_of(node.inputs[0]) for node in self.embeddings)
+        return tuple(weight for weight in weights if weight is not None)
+
+    @property
+    def post_norms(self) -> tuple[PostNorm, ...]:
+        """Every norm between a writer and the stream."""
+        return tuple(w.post_norm for w in self.writers if w.post_norm is not None)
 
     @classmethod
     def locate(cls, model: ir.Model) -> "Decoder":
@@ -247,7 +355,7 @@ class Decoder:
         embedding = next((n for n in model.graph if _is_embedding(n)), None)
         if embedding is None:
             raise UnsupportedModelError("graph: no Gather of token embeddings; is this a decoder?")
-        stream = _ResidualStream.follow(embedding.outputs[0])
+        stream = _ResidualStream.follow(embedding)
         if not stream.norms:
             raise UnsupportedModelError(
                 f"{embedding.name}: no norm reads the residual stream; is this a decoder?"
@@ -276,7 +384,7 @@ class Decoder:
         assert shape is not None
         return cls(
             model,
-            embedding,
+            tuple(stream.embeddings),
             tuple(stream.norms),
             tuple(stream.writers),
             layers,
@@ -289,15 +397,35 @@ def _is_embedding(node: ir.Node) -> bool:
     return node.op_type == "Gather" and weight_of(node.inputs[0]) is not None
 
 
+_NORMS = frozenset({"RMSNormalization", "LayerNormalization"})
+
+
+def _is_norm(node: ir.Node) -> bool:
+    """Whether `node` normalizes features and scales them by a weight."""
+    if node.op_type not in _NORMS or weight_of(node.inputs[1]) is None:
+        return False
+    rank = len(node.outputs[0].shape or ())
+    return node.attributes.get_int("axis", -1) in (-1, rank - 1)
+
+
+def _is_multiplication(node: ir.Node, state: ir.Value) -> bool:
+    """Whether `node` multiplies every feature of `state` by one number, as a rotation allows."""
+    if node.op_type not in ("Mul", "Div") or (node.op_type == "Div" and node.inputs[1] is state):
+        return False
+    other = next((v for v in node.inputs if v is not state), None)
+    return other is not None and other.const_value is not None and other.const_value.size == 1
+
+
 @dataclass(frozen=True)
 class _ResidualStream:
+    embeddings: list[ir.Node]
     norms: list[Norm]
-    writers: list[Linear]
+    writers: list[Writer]
 
     @classmethod
-    def follow(cls, start: ir.Value) -> "_ResidualStream":
-        stream = cls([], [])
-        state: ir.Value | None = start
+    def follow(cls, start: ir.Node) -> "_ResidualStream":
+        stream = cls([start], [], [])
+        state: ir.Value | None = start.outputs[0]
         while state is not None:
             state = stream._step(state)
         return stream
@@ -310,12 +438,13 @@ class _ResidualStream:
                 "would show; remove the output"
             )
         following: list[ir.Value] = []
-        for node, _ in state.uses():
-            if node.op_type == "RMSNormalization" and weight_of(node.inputs[1]) is not None:
+        for node, position in state.uses():
+            if _is_norm(node) and position == 0:
                 self.norms.append(Norm(node, tuple(_readers(node.outputs[0]))))
             elif node.op_type == "Add":
-                added = next((v for v in node.inputs if v is not state), None)
-                self.writers.append(_writer(added, node))
+                self._write(node, 1 - position)
+                following.append(node.outputs[0])
+            elif _is_multiplication(node, state):
                 following.append(node.outputs[0])
             else:
                 raise UnsupportedModelError(
@@ -329,6 +458,35 @@ class _ResidualStream:
             )
         return following[0] if following else None
 
+    def _write(self, addition: ir.Node, position: int) -> None:
+        """Classify input `position` of `addition`, which is added to the stream."""
+        value = addition.inputs[position]
+        node = _producer(value)
+        if value is None or node is None or value is addition.inputs[1 - position]:
+            raise UnsupportedModelError(_not_a_writer(addition))
+        if len(value.uses()) != 1:
+            raise UnsupportedModelError(
+                f"{addition.name}: what is added to the residual stream is read elsewhere too; "
+                "this architecture is not supported"
+            )
+        if _is_embedding(node):
+            self.embeddings.append(node)
+        elif node.op_type == "Add" and not any(weight_of(v) for v in node.inputs):
+            for inner in range(2):
+                self._write(node, inner)
+        elif node.op_type == "RMSNormalization" and _is_norm(node):
+            linear = _written(node.inputs[0], node)
+            self.writers.append(Writer(linear, PostNorm(node, addition)))
+        else:
+            self.writers.append(Writer(_written(value, addition)))
+
+
+def _not_a_writer(where: ir.Node) -> str:
+    return (
+        f"{where.name}: what is added to the residual stream is not the output of a linear; "
+        "this architecture is not supported"
+    )
+
 
 def _readers(value: ir.Value) -> Iterator[Linear]:
     for node, position in value.uses():
@@ -340,7 +498,8 @@ def _readers(value: ir.Value) -> Iterator[Linear]:
         yield Linear(node)
 
 
-def _writer(value: ir.Value | None, where: ir.Node) -> Linear:
+def _written(value: ir.Value | None, where: ir.Node) -> Linear:
+    """The linear whose output, with its bias, is `value`, which `where` alone reads."""
     node = _producer(value)
     if value is not None and len(value.uses()) != 1:
         raise UnsupportedModelError(
@@ -350,56 +509,78 @@ def _writer(value: ir.Value | None, where: ir.Node) -> Linear:
     if node is not None and node.op_type == "Add" and any(weight_of(v) for v in node.inputs):
         node = next((p for v in node.inputs if (p := _producer(v)) is not None), None)
     if node is None or node.op_type != "MatMul":
-        raise UnsupportedModelError(
-            f"{where.name}: what is added to the residual stream is not the output of a linear; "
-            "this architecture is not supported"
-        )
+        raise UnsupportedModelError(_not_a_writer(where))
     return Linear(node)
 
 
 def _layers(model: ir.Model, stream: _ResidualStream) -> Iterator[Layer]:
-    """Pair each attention with the feed-forward that follows it along the stream."""
-    attentions = [node for node in model.graph if node.op_type == "Attention"]
-    by_node = {linear.node: linear for norm in stream.norms for linear in norm.readers}
-    by_node |= {linear.node: linear for linear in stream.writers}
-    writers = list(stream.writers)
-    norms = list(stream.norms[:-1])
-    if len(writers) != 2 * len(attentions) or len(norms) != len(writers):
+    """Pair each attention with the feed-forward of its layer, in the order of the stream."""
+    nodes = [node for node in model.graph if node.op_type == "Attention"]
+    readers = {linear.node: linear for norm in stream.norms[:-1] for linear in norm.readers}
+    writers = {writer.linear.node: writer.linear for writer in stream.writers}
+    attentions = [_attention(node, readers, writers) for node in nodes]
+    outputs = {attention.o.node for attention in attentions}
+    downs = [linear for node, linear in writers.items() if node not in outputs]
+    if len(downs) != len(attentions) or len(writers) != 2 * len(attentions):
         raise UnsupportedModelError(
-            f"graph: {len(attentions)} attentions, {len(norms)} norms and {len(writers)} "
-            "writers of the residual stream; expected a norm and a writer per half of a layer"
+            f"graph: {len(attentions)} attentions and {len(writers)} writers of the residual "
+            "stream; expected an attention's and a feed-forward's per layer"
         )
-    for index, node in enumerate(attentions):
-        attention = _attention(node, by_node)
-        down, readers = writers[2 * index + 1], norms[2 * index + 1].readers
-        if attention.o is not writers[2 * index]:
+    unused = dict.fromkeys(readers)
+    for attention in attentions:
+        for linear in (attention.q, attention.k, attention.v):
+            unused.pop(linear.node, None)
+    for index, (attention, down) in enumerate(zip(attentions, downs, strict=True)):
+        found = _upstream(down.x, readers)
+        mlp = tuple(readers[node] for node in readers if node in found and node in unused)
+        if not mlp or len(mlp) != len(found):
             raise UnsupportedModelError(
-                f"{node.name}: its output does not reach {writers[2 * index].name}; "
+                f"{down.name}: its input does not come from linears over a norm alone; "
                 "this architecture is not supported"
             )
-        if not _reached_from(down.x, readers):
-            raise UnsupportedModelError(
-                f"{down.name}: its input does not come from the linears behind "
-                f"{norms[2 * index + 1].name}; this architecture is not supported"
-            )
-        yield Layer(index, attention, Mlp(readers, down))
+        for linear in mlp:
+            unused.pop(linear.node)
+        yield Layer(index, attention, Mlp(mlp, down))
+    if unused:
+        raise UnsupportedModelError(
+            f"{next(iter(unused)).name}: reads the residual stream and no writer depends on it; "
+            "this architecture is not supported"
+        )
 
 
-def _attention(node: ir.Node, linears: dict[ir.Node, Linear]) -> Attention:
+def _upstream(value: ir.Value, readers: dict[ir.Node, Linear]) -> set[ir.Node]:
+    """The readers from which `value` is computed without another one in between."""
+    found: set[ir.Node] = set()
+    pending, seen = [value.producer()], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in readers:
+            found.add(node)
+        else:
+            pending.extend(_producer(v) for v in node.inputs)
+    return found
+
+
+def _attention(
+    node: ir.Node, readers: dict[ir.Node, Linear], writers: dict[ir.Node, Linear]
+) -> Attention:
     key_append, value_append = _producer(node.inputs[1]), _producer(node.inputs[2])
     if key_append is None or value_append is None or key_append.op_type != "Concat":
         raise UnsupportedModelError(f"{node.name}: its keys do not come from a cache")
     shape = key_append.inputs[0].shape if key_append.inputs[0] is not None else None
     if shape is None or not isinstance(shape[1], int) or not isinstance(shape[3], int):
         raise UnsupportedModelError(f"{node.name}: the cache has no fixed number and size of heads")
-    o = _downstream_linear(node.outputs[0], linears)
+    o = _downstream_linear(node.outputs[0], writers)
     return Attention(
         node,
         key_append,
         value_append,
-        _upstream_linear(node.inputs[0], linears, node, _ROPE_OPS),
-        _upstream_linear(key_append.inputs[1], linears, node, _ROPE_OPS),
-        _upstream_linear(value_append.inputs[1], linears, node, _BIAS_OPS),
+        _upstream_linear(node.inputs[0], readers, node, _ROPE_OPS),
+        _upstream_linear(key_append.inputs[1], readers, node, _ROPE_OPS),
+        _upstream_linear(value_append.inputs[1], readers, node, _BIAS_OPS),
         o,
         num_heads=o.in_features // shape[3],
         num_kv_heads=shape[1],
@@ -447,18 +628,3 @@ def _downstream_linear(value: ir.Value, linears: dict[ir.Node, Linear]) -> Linea
                 "this architecture is not supported"
             )
         value = node.outputs[0]
-
-
-def _reached_from(value: ir.Value, readers: tuple[Linear, ...]) -> bool:
-    """Whether `value` is computed from all of `readers`."""
-    wanted = {reader.node for reader in readers}
-    pending, seen = [value], set()
-    while pending:
-        node = pending.pop().producer()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in wanted:
-            continue
-        pending.extend(v for v in node.inputs if v is not None)
-    return wanted <= seen

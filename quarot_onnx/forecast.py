@@ -7,7 +7,7 @@ Nothing is traced and no weight is read, so the answer comes at once, on a machi
 from dataclasses import dataclass
 from typing import Any
 
-from quarot_onnx.export.architectures import check_config
+from quarot_onnx.export.architectures import Dimensions, check_config, dimensions
 from quarot_onnx.export.checkpoint import Checkpoint
 from quarot_onnx.hadamard import Plan, plan
 from quarot_onnx.recipe import Recipe
@@ -82,10 +82,8 @@ def forecast(checkpoint: Checkpoint, recipe: Recipe, dtype: str) -> Forecast:
     """
     config = checkpoint.config
     check_config(checkpoint.directory / "config.json", config)
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    sizes = dimensions(config)
+    layers = sizes.num_layers
     matrices = [
         entry.shape
         for name, entry in checkpoint.tensors.items()
@@ -93,19 +91,22 @@ def forecast(checkpoint: Checkpoint, recipe: Recipe, dtype: str) -> Forecast:
     ]
     linear_count = sum(rows * columns for rows, columns in matrices)
     vectors = sum(entry.shape[0] for entry in checkpoint.tensors.values() if len(entry.shape) == 1)
-    embedding = config["vocab_size"] * hidden
+    embedding = sizes.vocabulary_size * sizes.hidden_size
     return Forecast(
         model_type=config["model_type"],
         recipe=recipe.name,
         dtype=dtype,
         layers=layers,
         parameters=sum(_count(entry.shape) for entry in checkpoint.tensors.values()),
-        sites=tuple(_sites(recipe, hidden, heads, head_dim, config["intermediate_size"])),
+        sites=tuple(_sites(recipe, sizes)),
         weight_bytes=_stored(linear_count, recipe.weights.bits, dtype)
         + (4 * sum(rows for rows, _ in matrices) if recipe.weights.bits < 16 else 0),
         float_bytes=(2 * embedding + vectors) * FLOAT_BYTES[dtype],
-        cache_bytes_per_token=2 * layers * kv_heads * _cache_bytes(recipe, head_dim, dtype),
-        float_cache_bytes_per_token=2 * layers * kv_heads * head_dim * 4,
+        cache_bytes_per_token=2
+        * layers
+        * sizes.num_kv_heads
+        * _cache_bytes(recipe, sizes.head_dim, dtype),
+        float_cache_bytes_per_token=2 * layers * sizes.num_kv_heads * sizes.head_dim * 4,
         peak_memory_bytes=_RUNTIME_BYTES + 24 * max((_count(m) for m in matrices), default=0),
     )
 
@@ -130,8 +131,9 @@ def _cache_bytes(recipe: Recipe, head_dim: int, dtype: str) -> int:
     return (head_dim // 2 if cache.bits == 4 else head_dim) + 8
 
 
-def _sites(recipe: Recipe, hidden: int, heads: int, head_dim: int, intermediate: int) -> list[Site]:
+def _sites(recipe: Recipe, sizes: Dimensions) -> list[Site]:
     rotations = recipe.rotations
+    hidden, heads, head_dim = sizes.hidden_size, sizes.num_heads, sizes.head_dim
     sites = []
     if rotations.r1 != "none":
         r1 = Rotation(rotations.r1, hidden, recipe.seed, "R1")
@@ -146,7 +148,7 @@ def _sites(recipe: Recipe, hidden: int, heads: int, head_dim: int, intermediate:
     if rotations.r3:
         sites.append(_site("R3", "queries and keys, per head", plan(head_dim), times=2 * heads))
     if rotations.r4:
-        sites.append(_site("R4", "down_proj input", plan(intermediate)))
+        sites.append(_site("R4", "down_proj input", plan(sizes.intermediate_size)))
     return sites
 
 

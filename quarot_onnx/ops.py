@@ -166,12 +166,13 @@ def kv_attention(
     mask: NDArray[np.bool_],
     *,
     scale: float,
+    softcap: float = 0.0,
     bits: int = 4,
 ) -> Array:
     """Softmax attention of q [B, Hq, S, D] over the quantized cache, in float32, in q's dtype.
 
     Query head h reads cache head ``h // (Hq / H)``; mask [B, 1, S, T] is true where a query may
-    look.
+    look. A softcap c other than 0 bounds the scores s, before the mask, to ``c tanh(s / c)``.
     """
     if bits == 4:
         key, value = unpack_kv(key), unpack_kv(value)
@@ -180,6 +181,8 @@ def kv_attention(
     batch, _, length, size = q.shape
     grouped = q.astype(np.float32).reshape(batch, k.shape[1], -1, length, size)
     scores = np.float32(scale) * grouped @ k[:, :, None].swapaxes(-1, -2)
+    if softcap:
+        scores = np.float32(softcap) * np.tanh(scores / np.float32(softcap))
     scores = np.where(mask[:, :, None], scores, np.float32(_MASKED))
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
@@ -420,7 +423,15 @@ _OUTPUT = """
 """
 
 
-def _attention_body(dots: str, output: str) -> str:
+_SOFTCAP = """
+    softcap = Constant <value_float: float = @softcap> ()
+    capped_ratio = Div (plain_scores, softcap)
+    bounded = Tanh (capped_ratio)
+    scores = Mul (bounded, softcap)
+"""
+
+
+def _attention_body(dots: str, output: str, *, has_softcap: bool = False) -> str:
     """Attention over codes: zero points and scales act on the small score matrix, not on the cache.
 
     ``q · ((code - zero) * scale) = (q · code - zero * sum(q)) * scale``, and likewise for V. The
@@ -444,7 +455,8 @@ def _attention_body(dots: str, output: str) -> str:
     key_scale_row = Reshape (key_scale, row)
     zero_share = Mul (query_sum, key_zero_row)
     centred = Sub (dots, zero_share)
-    scores = Mul (centred, key_scale_row)
+    {"plain_scores" if has_softcap else "scores"} = Mul (centred, key_scale_row)
+    {_SOFTCAP if has_softcap else ""}
     query_rows = Shape <end = 3> (q)
     score_shape = Concat <axis = 0> (query_rows, last)
     scores_by_query = Reshape (scores, score_shape)
@@ -564,6 +576,22 @@ OPERATORS: Mapping[str, Operator] = {
             ("y",),
             {"scale": float},
             _attention_body(_DOTS, _OUTPUT),
+            kv_attention,
+        ),
+        Operator(
+            "KvAttentionSoftcap",
+            _ATTENTION_INPUTS,
+            ("y",),
+            {"scale": float, "softcap": float},
+            _attention_body(_PACKED_DOTS, _PACKED_OUTPUT, has_softcap=True),
+            kv_attention,
+        ),
+        Operator(
+            "KvAttentionSoftcapInt8",
+            _ATTENTION_INPUTS,
+            ("y",),
+            {"scale": float, "softcap": float},
+            _attention_body(_DOTS, _OUTPUT, has_softcap=True),
             kv_attention,
         ),
     )

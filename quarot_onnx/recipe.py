@@ -33,6 +33,7 @@ class Rotations(_Spec):
     r1: Literal["none", "hadamard", "randomized_hadamard", "random_orthogonal"] = (
         "randomized_hadamard"
     )
+    post_norm: Literal["online", "skip_r1"] = "online"
     r2: bool = True
     heads: bool = True
     r3: bool = True

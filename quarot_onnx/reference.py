@@ -27,8 +27,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import eager_mask
 
 from quarot_onnx.artifacts import MODEL, load_manifest
-from quarot_onnx.errors import InputError
-from quarot_onnx.export.architectures import load_config
+from quarot_onnx.errors import InputError, UnsupportedModelError
+from quarot_onnx.export.architectures import LLAMA_MODULES, load_config
 from quarot_onnx.export.checkpoint import Checkpoint, read_json
 from quarot_onnx.hadamard import Plan, plan
 from quarot_onnx.recipe import Recipe
@@ -326,6 +326,12 @@ class FakeQuantModel(TorchModel):
         if not isinstance(raw, dict) or "model_type" not in raw:
             raise InputError(f"{artifact / 'config.json'}: has no model_type; export again")
         config = load_config(artifact, raw)
+        if config.model_type not in LLAMA_MODULES:
+            raise UnsupportedModelError(
+                f"{artifact}: a PyTorch model of its codes is written for "
+                f"{', '.join(LLAMA_MODULES)}, not for {config.model_type}; validate a rotate-only "
+                "export"
+            )
         self.settings = Settings(Recipe.model_validate(manifest["recipe"]))
         transformers.AttentionInterface.register(ATTENTION_NAME, _attend)
         transformers.AttentionMaskInterface.register(ATTENTION_NAME, eager_mask)

@@ -64,17 +64,19 @@ class ModelFacts:
         cls, config: Mapping[str, Any], *, name: str, parameters: int, dtype: str
     ) -> "ModelFacts":
         """The facts in a Hugging Face ``config.json``."""
-        heads = config["num_attention_heads"]
+        from quarot_onnx.export.architectures import dimensions  # noqa: PLC0415  # for this only
+
+        sizes = dimensions(config)
         return cls(
             name=name,
             architecture=config["model_type"],
-            layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            vocabulary_size=config["vocab_size"],
+            layers=sizes.num_layers,
+            hidden_size=sizes.hidden_size,
+            intermediate_size=sizes.intermediate_size,
+            num_heads=sizes.num_heads,
+            num_kv_heads=sizes.num_kv_heads,
+            head_dim=sizes.head_dim,
+            vocabulary_size=sizes.vocabulary_size,
             parameters=parameters,
             dtype=dtype,
         )

@@ -43,7 +43,8 @@ class Rotation:
         return full if full.kind == "full" else None
 
     @cached_property
-    def _signs(self) -> Float64:
+    def signs(self) -> Float64:
+        """The signs s of ``diag(s) H``; ones for a plain Hadamard."""
         if self.kind == "randomized_hadamard":
             return randomized_signs(self.size, self.seed, self.site)
         return np.ones(self.size)
@@ -63,10 +64,10 @@ class Rotation:
         """``W @ Q``: what is written to the rotated space; last axis of size n."""
         if self.plan is None:
             return weight @ self._dense
-        return self.plan.apply(weight * self._signs)
+        return self.plan.apply(weight * self.signs)
 
     def rotate_inputs(self, weight: Float64) -> Float64:
         """``Q.T @ W``: what reads from the rotated space; first axis of size n."""
         if self.plan is None:
             return self._dense.T @ weight
-        return self.plan.apply(weight * self._signs[:, None], axis=0)
+        return self.plan.apply(weight * self.signs[:, None], axis=0)

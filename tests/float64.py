@@ -63,6 +63,11 @@ def _rms_normalization(attributes: Attributes, x: Array, scale: Array) -> Array:
     return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + epsilon) * scale
 
 
+def _layer_normalization(attributes: Attributes, x: Array, scale: Array, shift: Array) -> Array:
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return _rms_normalization(attributes, centred, scale) + shift
+
+
 def _rotary_embedding(_: Attributes, x: Array, cos: Array, sin: Array) -> Array:
     first, second = np.split(x, 2, axis=-1)
     cos, sin = cos[:, None], sin[:, None]
@@ -72,7 +77,10 @@ def _rotary_embedding(_: Attributes, x: Array, cos: Array, sin: Array) -> Array:
 def _attention(attributes: Attributes, q: Array, k: Array, v: Array, mask: Array) -> Array:
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat(groups, axis=1), v.repeat(groups, axis=1)
-    scores = np.where(mask, attributes["scale"] * q @ k.swapaxes(-1, -2), np.finfo(q.dtype).min)
+    scores = attributes["scale"] * q @ k.swapaxes(-1, -2)
+    if "softcap" in attributes:
+        scores = attributes["softcap"] * np.tanh(scores / attributes["softcap"])
+    scores = np.where(mask, scores, np.finfo(q.dtype).min)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True) @ v
 
@@ -92,6 +100,7 @@ _OPERATORS: Mapping[str, Callable[..., Array]] = {
     "MatMul": lambda _, x, y: x @ y,
     "Mul": lambda _, x, y: x * y,
     "RMSNormalization": _rms_normalization,
+    "LayerNormalization": _layer_normalization,
     "Reshape": _reshape,
     "RotaryEmbedding": _rotary_embedding,
     "Sigmoid": lambda _, x: 1 / (1 + np.exp(-x)),

@@ -18,8 +18,45 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 6,
     },
     "qwen3-head-dim": {"config": transformers.Qwen3Config, "head_dim": 32},
+    "phi3": {"config": transformers.Phi3Config, "pad_token_id": 0, "eos_token_id": 1},
+    "gemma2": {
+        "config": transformers.Gemma2Config,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+        "tie_word_embeddings": True,
+    },
+    "gemma3": {
+        "config": transformers.Gemma3TextConfig,
+        "head_dim": 32,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "tie_word_embeddings": True,
+    },
+    "opt": {
+        "config": transformers.OPTConfig,
+        "ffn_dim": 176,
+        "num_key_value_heads": 4,
+        "word_embed_proj_dim": 96,
+        "tie_word_embeddings": True,
+    },
+    "gpt-neox": {
+        "config": transformers.GPTNeoXConfig,
+        "num_key_value_heads": 4,
+        "rotary_pct": 0.25,
+    },
+    "gpt-neox-sequential": {
+        "config": transformers.GPTNeoXConfig,
+        "num_key_value_heads": 4,
+        "use_parallel_residual": False,
+    },
 }
 """Name -> configuration class and what differs from the common small shape."""
+
+LLAMA_FAMILIES = ("llama", "llama-tied", "mistral-sliding", "qwen2-biases", "qwen3-head-dim")
+"""Those for which the PyTorch model of an artifact's codes is written."""
 
 COMMON = {
     "hidden_size": 96,  # 12 * 8: not a power of two
@@ -33,8 +70,13 @@ COMMON = {
 }
 
 
-def build(family: str, *, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
-    """A model of `family` whose norm scales, biases and weights are all far from their defaults."""
+def build(
+    family: str, *, seed: int = 0, scale: float = 2.0, **overrides: Any
+) -> transformers.PreTrainedModel:
+    """A model of `family` whose norm scales, biases and weights are all far from their defaults.
+
+    Weights are drawn with a standard deviation of 0.02 and multiplied by `scale`.
+    """
     options = {**COMMON, **FAMILIES[family], **overrides}
     config = options.pop("config")(**options)
     torch.manual_seed(seed)
@@ -44,7 +86,7 @@ def build(family: str, *, seed: int = 0, **overrides: Any) -> transformers.PreTr
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
             else:
-                parameter.mul_(2.0)
+                parameter.mul_(scale)
     return model
 
 

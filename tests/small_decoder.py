@@ -4,6 +4,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,42 @@ g{i}_active = Mul (g{i}, g{i}_gate)
 ["/layers.{i}/Add_1"] h{j} = Add (m{i}, d{i}_out)
 """
 
+_POST_NORM = """
+["/layers.{i}/post_{n}/RMSNormalization"] {y}_normed = RMSNormalization <axis = -1> ({y}, "layers.{i}.post_{n}.weight")
+["/layers.{i}/{add}"]"""
+
+_SIDE_BY_SIDE = """
+["/layers.{i}/Add"] side{i} = Add (d{i}_out, o{i})
+["/layers.{i}/Add_1"] h{j} = Add (side{i}, h{i})
+"""
+
+_POSITIONS = """
+["/embed/Gather"] tokens = Gather <axis = 0> ("embed.weight", input_ids)
+["/positions/Gather"] positions = Gather <axis = 0> ("positions.weight", input_ids)
+["/embed/Add"] h0 = Add (tokens, positions)
+"""
+
+
+def _layer(*, post_norms: bool, parallel: bool) -> str:
+    """The text of a layer: post-norms behind the writers, or both halves reading one state."""
+    text = _LAYER
+    if post_norms:
+        for n, y, add in ((1, "o{i}", "Add"), (2, "d{i}_out", "Add_1")):
+            norm = _POST_NORM.replace("{n}", str(n)).replace("{y}", y).replace("{add}", add)
+            text = text.replace(f'\n["/layers.{{i}}/{add}"]', norm)
+            text = (
+                text.replace(f", {y})\n", f", {y}_normed)\n")
+                if n == 2
+                else text.replace(f"(h{{i}}, {y})", f"(h{{i}}, {y}_normed)")
+            )
+    if parallel:
+        text = text.replace('["/layers.{i}/Add"] m{i} = Add (h{i}, o{i})\n', "")
+        text = text.replace('["/layers.{i}/Add_1"] h{j} = Add (m{i}, d{i}_out)\n', _SIDE_BY_SIDE)
+        text = text.replace("(m{i},", "(h{i},")
+    return text
+
+
+_LAYER_NORM = r'LayerNormalization\1 (\2, "\3.weight", "\3.bias")'
 _TIED_HEAD = """
 ["/lm_head/Transpose"] head = Transpose <perm = [1, 0]> ("embed.weight")
 ["/lm_head/MatMul"] logits = MatMul (final, head)
@@ -77,6 +114,10 @@ def small_decoder(
     vocabulary: int = 10,
     num_layers: int = 1,
     tied: bool = False,
+    layer_norms: bool = False,
+    post_norms: bool = False,
+    parallel: bool = False,
+    positions: bool = False,
     dtype: str = "float",
     replace: tuple[str, str] | None = None,
     seed: int = 0,
@@ -100,6 +141,18 @@ def small_decoder(
             f"layers.{i}.up_proj.weight": (hidden_size, intermediate_size),
             f"layers.{i}.down_proj.weight": (intermediate_size, hidden_size),
         }
+    if post_norms:
+        weights |= {
+            f"layers.{i}.post_{n}.weight": (hidden_size,) for i in range(num_layers) for n in (1, 2)
+        }
+    if positions:
+        weights["positions.weight"] = (vocabulary, hidden_size)
+    if layer_norms:
+        weights |= {
+            name.replace(".weight", ".bias"): shape
+            for name, shape in weights.items()
+            if "norm" in name
+        }
     inputs = ["int64[B,S] input_ids", "bool[B,1,S,T] mask"]
     inputs += [f"{dtype}[B,S,{head_dim // 2}] {name}" for name in ("cos", "sin")]
     outputs = [f"{dtype}[B,S,{vocabulary}] logits"]
@@ -109,7 +162,8 @@ def small_decoder(
             inputs.append(f'{shape % "P"} "past_key_values.{i}.{kind}"')
             outputs.append(f'{shape % "T"} "present.{i}.{kind}"')
     inputs += [f'{dtype}{list(shape)} "{name}"' for name, shape in weights.items()]
-    layers = "".join(_LAYER.format(i=i, j=i + 1) for i in range(num_layers))
+    layer = _layer(post_norms=post_norms, parallel=parallel)
+    layers = "".join(layer.format(i=i, j=i + 1) for i in range(num_layers))
     text = f"""<ir_version: 10, opset_import: ["" : 23]>
         small ({", ".join(inputs)}) => ({", ".join(outputs)}) {{
         by_head = Constant <value_ints = [0, 0, -1, {head_dim}]> ()
@@ -118,6 +172,12 @@ def small_decoder(
         {layers}
         ["/norm/RMSNormalization"] final = RMSNormalization <axis = -1> (h{num_layers}, "norm.weight")
         {_TIED_HEAD if tied else _HEAD} }}"""
+    if positions:
+        gather = '["/embed/Gather"] h0 = Gather <axis = 0> ("embed.weight", input_ids)'
+        text = text.replace(gather, _POSITIONS)
+    if layer_norms:
+        text = re.sub(r'RMSNormalization( <.*>) \((\w+), "(.*)\.weight"\)', _LAYER_NORM, text)
+        text = text.replace("/RMSNormalization", "/LayerNormalization")
     if replace is not None:
         assert text.count(replace[0]) == 1, f"{text.count(replace[0])} times {replace[0]!r}"
         text = text.replace(*replace)

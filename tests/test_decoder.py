@@ -20,7 +20,7 @@ def _refusal(old: str, new: str, **options: object) -> str:
 def test_locates_every_part_of_every_layer() -> None:
     decoder = located(num_layers=2)
     assert decoder.hidden_size == 8
-    assert decoder.embedding.name == "/embed/Gather"
+    assert [node.name for node in decoder.embeddings] == ["/embed/Gather"]
     assert decoder.lm_head.name == "/lm_head/MatMul"
     assert [norm.name for norm in decoder.norms] == [
         "/layers.0/norm_1/RMSNormalization",
@@ -38,7 +38,7 @@ def test_locates_every_part_of_every_layer() -> None:
         assert layer.attention.value_append.outputs[0].name == f"present.{index}.value"
         sizes = (layer.attention.num_heads, layer.attention.num_kv_heads, layer.attention.head_dim)
         assert sizes == (4, 2, 4)
-    assert [writer.module for writer in decoder.writers[:2]] == [
+    assert [writer.linear.module for writer in decoder.writers[:2]] == [
         "/layers.0/o_proj",
         "/layers.0/down_proj",
     ]
@@ -62,6 +62,9 @@ def test_replacing_a_linears_node_keeps_the_handle_true() -> None:
     up.replace(decoder.model.graph, new)
     assert up.name == "/new"
     assert any(user.name == "/layers.0/Mul" for user, _ in new.outputs[0].uses())
+    names = [node.name for node in decoder.model.graph]
+    assert "/layers.0/up_proj/MatMul" not in names
+    assert names.index("/new") == names.index("/layers.0/gate_proj/MatMul") + 1
     assert new.outputs[0].shape is not None
 
 
@@ -121,7 +124,7 @@ def test_refuses_a_shared_weight() -> None:
             'd0_out = MatMul (d0, "layers.0.down_proj.weight")',
             "d0_gate = Sigmoid (g0)\nd0_other = Mul (g0, d0_gate)\n"
             'd0_out = MatMul (d0_other, "layers.0.down_proj.weight")',
-            "its input does not come from the linears behind /layers.0/norm_2/RMSNormalization",
+            "/layers.0/up_proj/MatMul: reads the residual stream and no writer depends on it",
         ),
     ],
     ids=lambda value: None,
@@ -150,6 +153,53 @@ def test_refuses_a_residual_stream_that_branches() -> None:
     model.graph.append(branch)
     with pytest.raises(UnsupportedModelError, match="branch: the residual stream branches"):
         Decoder.locate(model)
+
+
+def test_refuses_a_third_writer_of_a_layer() -> None:
+    model = small_decoder()
+    nodes = {node.name: node for node in model.graph}
+    add, norm = nodes["/layers.0/Add_1"], nodes["/norm/RMSNormalization"]
+    x = nodes["/layers.0/down_proj/MatMul"].inputs[0]
+    other = _add_linear(model, x, "layers.0.down_proj.weight", "other")
+    further = ir.node("Add", [add.outputs[0], other], name="/further")
+    norm.replace_input_with(0, further.outputs[0])
+    model.graph.append(further)
+    with pytest.raises(UnsupportedModelError) as caught:
+        Decoder.locate(model)
+    assert str(caught.value) == (
+        "graph: 1 attentions and 3 writers of the residual stream; "
+        "expected an attention's and a feed-forward's per layer"
+    )
+
+
+def test_refuses_a_feed_forward_that_reads_the_queries() -> None:
+    message = _refusal("Mul (g0_active, u0)", "Mul (g0_active, q0)", intermediate_size=16)
+    assert message == (
+        "/layers.0/down_proj/MatMul: its input does not come from linears over a norm alone; "
+        "this architecture is not supported"
+    )
+
+
+def test_refuses_two_heads() -> None:
+    model = small_decoder()
+    head = next(node for node in model.graph if node.name == "/lm_head/MatMul")
+    _add_linear(model, head.inputs[0], "lm_head.weight", "second_head")
+    with pytest.raises(UnsupportedModelError) as caught:
+        Decoder.locate(model)
+    assert str(caught.value) == (
+        "/norm/RMSNormalization: 2 linears read the final norm, expected the head"
+    )
+
+
+def test_refuses_a_cache_whose_heads_have_no_fixed_number() -> None:
+    model = small_decoder()
+    cache = next(v for v in model.graph.inputs if v.name == "past_key_values.0.key")
+    cache.shape = ir.Shape(["B", "H", "P", 4])
+    with pytest.raises(UnsupportedModelError) as caught:
+        Decoder.locate(model)
+    assert str(caught.value) == (
+        "/layers.0/Attention: the cache has no fixed number and size of heads"
+    )
 
 
 def test_refuses_a_residual_stream_that_is_an_output() -> None:
@@ -204,3 +254,42 @@ def test_refuses_keys_that_do_not_come_from_a_cache() -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         Decoder.locate(model)
     assert str(caught.value) == "/layers.0/Attention: its keys do not come from a cache"
+
+
+def test_halves_that_run_side_by_side_are_paired_by_what_they_read() -> None:
+    decoder = located(parallel=True, num_layers=2)
+    for index, layer in enumerate(decoder.layers):
+        assert [linear.module for linear in layer.linears] == [
+            f"/layers.{index}/{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")
+        ]
+    assert len(decoder.norms) == 5
+
+
+def test_a_norm_between_a_writer_and_the_stream_belongs_to_the_writer() -> None:
+    decoder = located(post_norms=True)
+    assert [norm.module for norm in decoder.post_norms] == ["/layers.0/post_1", "/layers.0/post_2"]
+    assert [writer.post_norm.addition.name for writer in decoder.writers] == [
+        "/layers.0/Add",
+        "/layers.0/Add_1",
+    ]
+    assert [norm.module for norm in located().post_norms] == []
+
+
+def test_learned_positions_are_an_embedding() -> None:
+    decoder = located(positions=True)
+    assert [weight.name for weight in decoder.embedding_weights] == [
+        "embed.weight",
+        "positions.weight",
+    ]
+
+
+def test_a_number_may_multiply_the_stream() -> None:
+    scaled = "h1_before = Add (m0, d0_out)\ntwo = Constant <value_float = 2.0> ()\n"
+    model = small_decoder(replace=("h1 = Add (m0, d0_out)", scaled + "h1 = Mul (h1_before, two)"))
+    two = next(
+        node
+        for node in model.graph
+        if node.name.startswith("/Constant") and "two" in {value.name for value in node.outputs}
+    )
+    two.outputs[0].const_value = ir.tensor(2.0)
+    assert len(Decoder.locate(model).norms) == 3

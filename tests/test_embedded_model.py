@@ -54,7 +54,7 @@ def test_unrotated_4_bits_collapse_and_the_rotations_remove_the_damage(
     fp32 = _judged(windows)
     rotated = evaluate.perplexity(OnnxModel(artifact), windows)
     kept = math.log(rotated / fp32)
-    for fold_norms, share in ((False, 0.95), (True, 0.90)):
+    for fold_norms, share in ((False, 0.95), (True, 0.85)):
         unrotated = _judged(windows, rotate=False, fold_norms=fold_norms)
         assert unrotated >= 10 * fp32
         assert 1 - kept / math.log(unrotated / fp32) >= share

@@ -382,12 +382,13 @@ def test_kv_fake_quantize_equals_its_reference_exactly(bits, dtype) -> None:
     past=st.integers(0, 4),
     size=st.sampled_from([2, 8, 24]),
     bits=st.sampled_from([4, 8]),
+    softcap=st.sampled_from([0.0, 0.7]),
     dtype=st.sampled_from([np.float32, np.float16]),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=50, deadline=None)
 def test_kv_attention_equals_its_reference(
-    batch, heads, group, length, past, size, bits, dtype, seed
+    batch, heads, group, length, past, size, bits, softcap, dtype, seed
 ) -> None:
     rng = np.random.default_rng(seed)
     total = past + length
@@ -395,9 +396,10 @@ def test_kv_attention_equals_its_reference(
     key = _cache(rng, batch, heads, total, size, bits)
     value = _cache(rng, batch, heads, total, size, bits)
     mask = rng.random((batch, 1, length, total)) < 0.7
-    name = "KvAttention" if bits == 4 else "KvAttentionInt8"
-    (y,) = run(name, q, *key, *value, mask, scale=0.3)
-    expected = ops.kv_attention(q, *key, *value, mask, scale=0.3, bits=bits)
+    name = f"KvAttention{'Softcap' if softcap else ''}{'' if bits == 4 else 'Int8'}"
+    attributes = {"scale": 0.3} | ({"softcap": softcap} if softcap else {})
+    (y,) = run(name, q, *key, *value, mask, **attributes)
+    expected = ops.kv_attention(q, *key, *value, mask, **attributes, bits=bits)
     # Bytes up to 255 cancel to values of at most 8 steps, and both sums round: 32 times the usual
     _assert_within_ulps(y, expected, 256)
 
@@ -459,6 +461,7 @@ def _cases() -> dict[str, tuple[list[Array], dict[str, Any]]]:
     small, large = _cache(rng, 2, 2, 4, 8, 4), _cache(rng, 2, 2, 4, 8, 8)
     queries, mask = _tokens(rng, 2, 4, 3, 8), np.tri(3, 4, 1)[None, None].repeat(2, 0) > 0
     kv = {"bits": 4, "clip_ratio": 0.95}
+    capped = {"scale": 0.5, "softcap": 0.7}
     return {
         "Hadamard": ([x, _orthonormal(12), _orthonormal(4)], {"factors": [12, 4]}),
         "HadamardHeads": ([x, _orthonormal(12)], {"factors": [12]}),
@@ -471,6 +474,8 @@ def _cases() -> dict[str, tuple[list[Array], dict[str, Any]]]:
         "KvFakeQuantize": ([new], kv),
         "KvAttention": ([queries, *small, *small, mask], {"scale": 0.5}),
         "KvAttentionInt8": ([queries, *large, *large, mask], {"scale": 0.5}),
+        "KvAttentionSoftcap": ([queries, *small, *small, mask], capped),
+        "KvAttentionSoftcapInt8": ([queries, *large, *large, mask], capped),
     }
 
 

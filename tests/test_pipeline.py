@@ -127,6 +127,36 @@ def test_a_variant_of_llama_rotates_too(tmp_path: Path, traced_once: None, optio
     assert _deviation(got, _wanted(source, TOKENS)) <= 1e-5
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "gemma3", "opt", "gpt-neox"])
+def test_weights_at_the_scale_of_an_initialization_rotate_too(
+    tmp_path: Path, traced_once: None, family
+) -> None:
+    sizes = {"hidden_size": 160, "intermediate_size": 320, "num_attention_heads": 4}
+    sizes |= {"ffn_dim": 320, "word_embed_proj_dim": 160} if family == "opt" else {}
+    model = models.build(family, scale=1.0, num_hidden_layers=2, **_layer_types(family), **sizes)
+    source = models.save(model, tmp_path / "hf")
+    export(source, tmp_path / "out", load_recipe("rotate-only"))
+    got = Decoding(tmp_path / "out" / "model.onnx", batch=2)(TOKENS)
+    assert _deviation(got, _wanted(source, TOKENS)) <= 1e-5
+
+
+def _layer_types(family: str) -> dict[str, list[str]]:
+    both = {"layer_types": ["sliding_attention", "full_attention"]}
+    return both if family in ("gemma2", "gemma3") else {}
+
+
+def test_without_r1_behind_post_norms_gemma_equals_hugging_face(
+    exported: Exported, hugging_face: HuggingFace
+) -> None:
+    artifact = exported("gemma2", "rotate-only", ("rotations.post_norm=skip_r1",))
+    reports = {report["name"]: report for report in load_manifest(artifact)["passes"]}
+    ((reason, places),) = reports["FuseR1"]["skipped"].items()
+    assert reason == "post-norms keep their scale, and rotations.post_norm = skip_r1"
+    assert len(places) == 6
+    got = Decoding(artifact / "model.onnx", batch=2)(TOKENS)
+    assert _deviation(got, _wanted(hugging_face("gemma2"), TOKENS)) <= 1e-5
+
+
 def test_skipped_rotations_are_in_the_manifest_with_the_reason(tmp_path: Path, traced_once) -> None:
     options = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 101}
     source = models.save(models.build("llama", num_hidden_layers=1, **options), tmp_path / "hf")
@@ -388,7 +418,7 @@ NORM, UP = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.up_proj.
         (
             _config(model_type="mamba"),
             UnsupportedModelError,
-            "config.json: model_type 'mamba' is not supported; supported are llama, ",
+            "config.json: model_type 'mamba' is not supported; supported are gemma2, ",
         ),
         (
             _config(num_attention_heads=5),

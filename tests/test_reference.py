@@ -35,7 +35,7 @@ def relative(found: Logits, expected: Logits) -> float:
 # --- HuggingFaceModel -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", models.LLAMA_FAMILIES)
 def test_the_original_computes_what_hugging_face_computes_and_is_causal(
     hugging_face: HuggingFace, family: str
 ) -> None:
@@ -103,8 +103,8 @@ def test_a_weight_that_is_not_finite_is_named(copied: Path) -> None:
 
 def test_an_unknown_architecture_is_refused(copied: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))
-    with pytest.raises(UnsupportedModelError, match="model_type 'gpt_neox' is not supported"):
+    (copied / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    with pytest.raises(UnsupportedModelError, match="model_type 'mamba' is not supported"):
         HuggingFaceModel(copied)
 
 
@@ -160,7 +160,7 @@ def test_cached_values_are_those_of_the_operator(bits: int) -> None:
     np.testing.assert_array_equal(found[0, 0, 0], 0)
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", models.LLAMA_FAMILIES)
 def test_the_graph_computes_what_plain_pytorch_computes_with_its_codes(
     exported: Exported, family: str
 ) -> None:
@@ -248,3 +248,12 @@ def test_a_graph_that_cannot_be_parsed_is_named(exported: Exported, tmp_path: Pa
     (artifact / artifacts.MODEL).write_bytes(b"\xff\xfe not a graph")
     with pytest.raises(InputError, match=r"model\.onnx: is damaged \(.*\); export again"):
         FakeQuantModel(artifact)
+
+
+def test_a_family_with_other_modules_is_refused(exported: Exported) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        FakeQuantModel(exported("phi3", "w4a4kv4"))
+    assert str(caught.value).endswith(
+        "a PyTorch model of its codes is written for llama, mistral, qwen2, qwen3, not for phi3; "
+        "validate a rotate-only export"
+    )

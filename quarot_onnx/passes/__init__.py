@@ -4,6 +4,7 @@
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.hadamard import plan
 from quarot_onnx.passes.base import Effect, Pass, Report
+from quarot_onnx.passes.fuse_layer_norm_mean import FuseLayerNormMeanPass
 from quarot_onnx.passes.fuse_norm_scale import FuseNormScalePass
 from quarot_onnx.passes.fuse_r1 import FuseR1Pass
 from quarot_onnx.passes.fuse_r2 import FuseR2Pass
@@ -25,10 +26,13 @@ def pipeline(recipe: Recipe, decoder: Decoder) -> list[Pass]:
     rotations, seed = recipe.rotations, recipe.seed
     attention = decoder.layers[0].attention
     passes: list[Pass] = []
+    if rotations.fold_norm_scale and any(norm.is_layer_norm for norm in decoder.norms):
+        passes.append(FuseLayerNormMeanPass(decoder))
     if rotations.fold_norm_scale:
         passes.append(FuseNormScalePass(decoder))
     if rotations.r1 != "none":
-        passes.append(FuseR1Pass(decoder, Rotation(rotations.r1, decoder.hidden_size, seed, "R1")))
+        residual = Rotation(rotations.r1, decoder.hidden_size, seed, "R1")
+        passes.append(FuseR1Pass(decoder, residual, rotations.post_norm))
     if rotations.r2:
         passes.append(FuseR2Pass(decoder, plan(attention.head_dim)))
     if rotations.heads:

@@ -6,13 +6,15 @@
 
 The function does not change, since ``(u * gamma) @ W = u @ (diag(gamma) @ W)``. A norm without a
 scale commutes with every rotation: ``rms(x Q) = rms(x)``. The embeddings are not centred: that is
-exact for LayerNorm only (QuaRot, section 3, stage 1a).
+exact for LayerNorm only (QuaRot, section 3, stage 1a). A post-norm (writer, norm, addition) keeps
+its scale, since no linear reads it.
 """
 
 from functools import partial
 
 import numpy as np
 
+from quarot_onnx.errors import UnsupportedModelError
 from quarot_onnx.passes.base import Effect, Pass, Report
 from quarot_onnx.weights import Float64
 
@@ -21,6 +23,15 @@ class FuseNormScalePass(Pass):
     """Multiply each norm's scale into its readers and leave ones."""
 
     effect = Effect.EQUIVALENT
+
+    def requires(self) -> None:
+        """No norm may subtract a mean or add a bias."""
+        found = [norm.name for norm in self.decoder.norms if norm.is_layer_norm]
+        if found:
+            raise UnsupportedModelError(
+                f"{found[0]}: a LayerNorm, which has a mean and a bias; "
+                "apply FuseLayerNormMeanPass first"
+            )
 
     def rewrite(self) -> Report:
         """Fold every norm of the residual stream."""

@@ -35,7 +35,7 @@ class QuantizeKvCachePass(Pass):
         self.form: CacheForm = form
 
     def requires(self) -> None:
-        """A packed cache needs an even head_dim and plain softmax attention."""
+        """A packed cache needs an even head_dim."""
         if self.form == "float":
             return
         for layer in self.decoder.layers:
@@ -44,11 +44,6 @@ class QuantizeKvCachePass(Pass):
                 raise UnsupportedModelError(
                     f"{attention.node.name}: head_dim = {attention.head_dim} is odd, two codes do "
                     "not fill bytes; set kv_cache.io=float"
-                )
-            if "softcap" in attention.node.attributes:
-                raise UnsupportedModelError(
-                    f"{attention.node.name}: attention with a softcap over a packed cache is not "
-                    "supported; set kv_cache.io=float"
                 )
 
     def rewrite(self) -> Report:
@@ -99,9 +94,13 @@ class QuantizeKvCachePass(Pass):
         query, *_, mask = attention.node.inputs
         assert query is not None
         assert mask is not None
-        scale = {"scale": attention.node.attributes["scale"].as_float()}
+        given = attention.node.attributes
+        names = [name for name in ("scale", "softcap") if name in given]
         replacement = ops.node(
-            f"KvAttention{suffix}", [query, *cached, mask], scale, at=f"{module}/KvAttention"
+            f"KvAttention{'Softcap' if 'softcap' in given else ''}{suffix}",
+            [query, *cached, mask],
+            {name: given[name].as_float() for name in names},
+            at=f"{module}/KvAttention",
         )
         old, new_output = attention.node.outputs[0], replacement.outputs[0]
         new_output.type, new_output.shape = old.type, old.shape

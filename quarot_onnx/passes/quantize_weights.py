@@ -39,9 +39,7 @@ class QuantizeWeightsPass(Pass):
     def _replace(self, linear: Linear) -> None:
         graph = self.decoder.model.graph
         dtype = ir.DataType.INT4 if self.bits <= 4 else ir.DataType.INT8
-        name = linear.weight_value.name or ""
         quantized = QuantizedWeight(linear.weight, self.quantizer, dtype)
-        graph.initializers.pop(name)
         inputs = [linear.x]
         for tensor in (quantized.codes, quantized.scale):
             value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape)

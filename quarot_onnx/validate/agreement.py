@@ -52,8 +52,8 @@ def check_layers(subject: Subject) -> Finding:
     further off than ties explain.
     """
     _need_outputs(subject)
-    states, logits = _residual_states(subject)
     model = subject.fake_quant
+    states, logits = _residual_states(subject)
     rounded, head = model.forced(subject.ids, states)
     model.settings.is_quantizing = False
     plain, _ = model.forced(subject.ids, states)

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from quarot_onnx.artifacts import MODEL, load_manifest
 from quarot_onnx.errors import InputError
+from quarot_onnx.export.architectures import LLAMA_MODULES
 from quarot_onnx.export.checkpoint import Checkpoint
 from quarot_onnx.recipe import Recipe
 from quarot_onnx.runtime import Ids, Logits, OnnxModel, load_tokenizer, position_ids
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 _SIZES = (
     "hidden_size",
-    "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "vocab_size",
@@ -106,13 +106,14 @@ class Subject:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of ``config.json``; `_SIZES` are integers in it."""
+        """The content of ``config.json``; its sizes are integers."""
         path = self.artifact / "config.json"
         try:
             config = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path}: cannot be read ({error}); export again") from error
-        for key in _SIZES:
+        width = "ffn_dim" if "ffn_dim" in config else "intermediate_size"
+        for key in (*_SIZES, width):
             if type(config.get(key)) is not int:
                 raise InputError(f"{path}: {key} = {config.get(key)!r}; export again")
         return config
@@ -162,7 +163,12 @@ class Subject:
 
     @cached_property
     def fake_quant(self) -> "FakeQuantModel":
-        """PyTorch with the artifact's own codes."""
+        """PyTorch with the artifact's own codes.
+
+        Raises:
+            Skip: see `need_llama_modules`.
+        """
+        self.need_llama_modules()
         from quarot_onnx.reference import FakeQuantModel  # noqa: PLC0415  # imports torch
 
         return FakeQuantModel(self.artifact, threads=self.threads)
@@ -214,6 +220,19 @@ class Subject:
         if self.reference is None:
             raise Skip("no reference was given")
         return self.reference
+
+    def need_llama_modules(self) -> None:
+        """Nothing, for a model whose modules are named and computed as Llama's.
+
+        Raises:
+            Skip: they are not, and what is written for them would compare the wrong things.
+        """
+        model_type = self.config.get("model_type")
+        if model_type not in LLAMA_MODULES:
+            raise Skip(
+                f"written for {', '.join(LLAMA_MODULES)}, not for {model_type}; a rotate-only "
+                "export is compared with Hugging Face in full"
+            )
 
     def need_finite(self) -> None:
         """Nothing, for an artifact whose numbers can be compared.

@@ -12,9 +12,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from quarot_onnx.errors import InputError, QuarotError, UnsupportedModelError
-from quarot_onnx.export.checkpoint import Checkpoint, CheckpointSource, check_float, read_json
+from quarot_onnx.export.checkpoint import (
+    Checkpoint,
+    CheckpointSource,
+    Rows,
+    check_float,
+    read_json,
+)
 
 INDEX = "model.safetensors.index.json"
 EDITS = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": ml_dtypes.bfloat16}
@@ -385,3 +392,15 @@ def test_any_text_is_json_or_refused(tmp_path_factory, content) -> None:
     else:
         named = True
     assert named
+
+
+def test_a_number_that_is_not_finite_is_named_by_its_row_on_disk(tmp_path: Path) -> None:
+    array = np.zeros((6, 2), np.float32)
+    array[4, 1] = np.nan
+    save_file({"w": array}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    entry = Checkpoint(tmp_path).tensor("w")
+    source = CheckpointSource(entry, transposed=True, rows=Rows(period=3, start=1, stop=2))
+    assert source.shape == (2, 2)
+    with pytest.raises(InputError, match=r"1 values that are not finite \(first at \[4, 1\]\)"):
+        source.read((slice(0, 2), slice(0, 2)))

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from quarot_onnx.errors import InputError
+from quarot_onnx.export.architectures import dimensions
 from quarot_onnx.export.checkpoint import Checkpoint
 from quarot_onnx.export.huggingface import onnx_from_huggingface
 from quarot_onnx.weights import Weight
@@ -33,9 +34,10 @@ def test_inputs_and_outputs_have_the_names_that_clients_know(
     traced_once: None, hugging_face: HuggingFace, family
 ) -> None:
     model = _float(hugging_face(family))
-    head_dim = "32" if family == "qwen3-head-dim" else "24"
-    past = ["batch_size", "2", "past_sequence_length", head_dim]
-    present = ["batch_size", "2", "total_sequence_length", head_dim]
+    sizes = dimensions(Checkpoint(hugging_face(family)).config)
+    heads, head_dim = str(sizes.num_kv_heads), str(sizes.head_dim)
+    past = ["batch_size", heads, "past_sequence_length", head_dim]
+    present = ["batch_size", heads, "total_sequence_length", head_dim]
     cache = [f"{i}.{kind}" for i in range(LAYERS) for kind in ("key", "value")]
     assert _interface(model.graph.inputs) == {
         "input_ids": ["batch_size", "sequence_length"],
@@ -87,11 +89,31 @@ def test_nothing_of_this_machine_or_of_the_tracer_is_written(
     assert not re.search(rb"/(home|root|tmp|usr|work|Users)/", content)
 
 
+_SEPARATED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "query_key_value": ("query", "key", "value"),
+    "embed_out": ("lm_head",),
+}
+
+
+def _parts_of(tensor: str) -> list[str]:
+    """The parameters that a tensor on disk becomes; most stay what they are."""
+    return [
+        tensor.replace(fused, part)
+        for fused, parts in _SEPARATED.items()
+        if fused in tensor.split(".")
+        for part in parts
+    ] or [tensor]
+
+
 @each_family
 def test_initializers_have_hugging_faces_parameter_names(
     traced_once: None, hugging_face: HuggingFace, family
 ) -> None:
-    expected = set(Checkpoint(hugging_face(family)).tensors)
+    expected = {
+        part for name in Checkpoint(hugging_face(family)).tensors for part in _parts_of(name)
+    }
     model = _float(hugging_face(family))
     weights = {
         name for name, v in model.graph.initializers.items() if isinstance(v.const_value, Weight)
@@ -101,21 +123,41 @@ def test_initializers_have_hugging_faces_parameter_names(
     assert all(re.fullmatch(r"/.*/constant(_\d+)?|/constant(_\d+)?", name) for name in others)
 
 
+_LLAMA_NAMES = (
+    "model",
+    "embed_tokens|norm|rotary_emb|layers.\\d+/(self_attn|mlp|input_layernorm|post_attention)",
+    ("self_attn/q_proj", "self_attn/o_proj", "mlp/gate_proj", "mlp/down_proj"),
+)
+_NEOX_NAMES = (
+    "gpt_neox",
+    "embed_in|final_layer_norm|rotary_emb|layers.\\d+/(attention|mlp|input_layernorm|post_attention)",
+    ("attention/query", "attention/key", "attention/dense", "mlp/dense_4h_to_h"),
+)
+_NAMES = {
+    "gpt-neox": _NEOX_NAMES,
+    "gpt-neox-sequential": _NEOX_NAMES,
+    "opt": (
+        "model/decoder",
+        "embed_(tokens|positions)|final_layer_norm|layers.\\d+/(self_attn|fc1|fc2|final_layer_norm)",
+        ("self_attn/q_proj", "self_attn/out_proj", "fc1", "fc2"),
+    ),
+}
+"""Family -> where its layers are, the modules there, and some of their linears."""
+
+
 @pytest.mark.parametrize("recipe", ["float", "w4a4kv4"])
 @each_family
 def test_nodes_are_named_after_their_modules_and_once(exported: Exported, family, recipe) -> None:
     model = ir.load(exported(family, recipe) / "model.onnx")
     names = [node.name or "" for node in model.graph]
     assert len(set(names)) == len(names)
-    modules = (
-        "embed_tokens|norm|rotary_emb|layers.\\d+/(self_attn|mlp|input_layernorm|post_attention)"
-    )
-    stray = [n for n in names if not re.match(rf"/(model(/({modules}))?|lm_head)?", n)]
+    root, modules, linears = _NAMES.get(family, _LLAMA_NAMES)
+    stray = [n for n in names if not re.match(rf"/({root}(/({modules}))?|lm_head)?", n)]
     assert stray == []
+    product = "MatMul" if recipe == "float" else "Int4Gemm"
     for index in range(LAYERS):
-        product = "MatMul" if recipe == "float" else "Int4Gemm"
-        for linear in ("self_attn/q_proj", "self_attn/o_proj", "mlp/gate_proj", "mlp/down_proj"):
-            assert f"/model/layers.{index}/{linear}/{product}" in names
+        for linear in linears:
+            assert f"/{root}/layers.{index}/{linear}/{product}" in names
     for node in model.graph:
         for position, output in enumerate(node.outputs):
             assert output.is_graph_output() or (output.name or "").startswith(node.name or "")
@@ -194,3 +236,13 @@ def test_a_missing_bias_is_named(tmp_path: Path, traced_once: None) -> None:
         InputError, match=r"tensor model\.layers\.0\.self_attn\.q_proj\.bias is miss"
     ):
         _float(source)
+
+
+def test_a_bias_that_the_configuration_does_not_know_is_refused(
+    tmp_path: Path, traced_once: None
+) -> None:
+    directory = models.save(models.build("llama", attention_bias=True), tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "attention_bias": False}))
+    with pytest.raises(InputError, match=r"proj\.bias belongs to a module .* repair config"):
+        onnx_from_huggingface(Checkpoint(directory), ir.DataType.FLOAT)

@@ -11,8 +11,9 @@ import transformers
 from quarot_onnx.errors import UnsupportedModelError
 from quarot_onnx.export import trace as tracing
 from quarot_onnx.export.architectures import layer_kinds, shallow
+from quarot_onnx.export.canonical import canonicalize
 from quarot_onnx.export.lower import lower_markers, set_float_dtype
-from quarot_onnx.export.stitch import assign_names, canonicalize, layer_index, stitch
+from quarot_onnx.export.stitch import assign_names, layer_index, stitch
 from quarot_onnx.export.trace import MARKER_DOMAIN
 from tests import models
 

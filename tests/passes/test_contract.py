@@ -19,6 +19,7 @@ from tests import float64, running
 from tests.small_decoder import assert_equivalent, located, logits, refused
 
 BUILD: dict[type[Pass], Callable[[Decoder], Pass]] = {
+    package.FuseLayerNormMeanPass: package.FuseLayerNormMeanPass,
     package.FuseNormScalePass: package.FuseNormScalePass,
     package.FuseR1Pass: lambda d: package.FuseR1Pass(
         d, Rotation("randomized_hadamard", d.hidden_size, 0, "R1")
@@ -43,9 +44,12 @@ BEFORE: dict[type[Pass], type[Pass]] = {
 }
 """What must have been applied before."""
 
+SHAPE: dict[type[Pass], dict[str, bool]] = {package.FuseLayerNormMeanPass: {"layer_norms": True}}
+"""What the decoder must have."""
+
 
 def _prepared(kind: type[Pass]) -> Decoder:
-    decoder = located(num_layers=2)
+    decoder = located(num_layers=2, **SHAPE.get(kind, {}))
     if kind in BEFORE:
         BUILD[BEFORE[kind]](decoder)()
     return decoder
@@ -112,7 +116,7 @@ def test_keeps_its_word_about_its_effect(kind) -> None:
                 BUILD[BEFORE[kind]](decoder)()
             BUILD[kind](decoder)()
 
-        assert_equivalent(apply, num_layers=2)
+        assert_equivalent(apply, num_layers=2, **SHAPE.get(kind, {}))
     else:
         wanted = logits(float64.run, located(num_layers=2).model)
         decoder = _prepared(kind)
@@ -138,10 +142,32 @@ def test_all_equivalent_passes_together_are_equivalent() -> None:
     assert_equivalent(apply, num_layers=2, num_heads=6, intermediate_size=13, hidden_size=10)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"layer_norms": True},
+        {"layer_norms": True, "parallel": True},
+        {"layer_norms": True, "positions": True, "tied": True},
+        {"post_norms": True},
+        {"post_norms": True, "hidden_size": 12, "tied": True},
+        {"post_norms": True, "hidden_size": 10},
+        {"parallel": True, "positions": True},
+    ],
+    ids=" ".join,
+)
+def test_all_equivalent_passes_hold_for_every_shape_of_decoder(shape) -> None:
+    def apply(decoder: Decoder) -> None:
+        for step in pipeline(load_recipe("rotate-only"), decoder):
+            step()
+
+    assert_equivalent(apply, num_layers=2, **shape)
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_the_passes_of_a_recipe_are_the_ones_it_names_in_the_order_of_the_paper(name) -> None:
     recipe = load_recipe(name)
     asked = {
+        "FuseLayerNormMean": False,
         "FuseNormScale": recipe.rotations.fold_norm_scale,
         "FuseR1": recipe.rotations.r1 != "none",
         "FuseR2": recipe.rotations.r2,

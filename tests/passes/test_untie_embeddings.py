@@ -26,7 +26,7 @@ def test_the_function_does_not_change_and_the_embedding_can_be_rotated_alone() -
     np.testing.assert_array_equal(logits(float64.run, model), before)
     decoder = Decoder.locate(model)
     head = decoder.lm_head.weight.float64()
-    decoder.embedding_weight.compose(1, lambda w: w * 0)
+    decoder.embedding_weights[0].compose(1, lambda w: w * 0)
     np.testing.assert_array_equal(decoder.lm_head.weight.float64(), head)
 
 

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands print for a person: one function per command, tables of plain data.
+
+Every function takes what ``--json`` would print. Rich is imported when something is printed.
+"""
+
+from pathlib import Path
+from typing import Any
+
+
+def show_recipes(recipes: list[dict[str, Any]]) -> None:
+    """The presets and what they do."""
+    _table(
+        "Recipes",
+        ["recipe", "what it does"],
+        [[recipe["name"], recipe["description"]] for recipe in recipes],
+    )
+
+
+def show_findings(findings: list[dict[str, Any]]) -> None:
+    """What `doctor` found."""
+    _table(
+        "This machine",
+        ["what", "found", "needed for", "what to do"],
+        [[f["name"], f["found"] or "-", f["needed_for"], f["remedy"]] for f in findings],
+    )
+
+
+def show_forecast(found: dict[str, Any]) -> None:
+    """The rotation plan, sizes and memory of an export."""
+    _table(
+        f"Rotations of {found['recipe']} for {found['model_type']}, {found['layers']} layers",
+        ["place", "matrix", "runs", "size", "MACs/token", "peaks / by"],
+        [
+            [
+                f"{site['name']}: {site['where']}",
+                site["how"],
+                site["runs"],
+                str(site["size"]),
+                f"{site['cost']:,}" if site["cost"] else "-",
+                f"{site['suppression']:.0f}",
+            ]
+            for site in found["sites"]
+        ],
+        numeric=3,
+    )
+    for site in found["sites"]:
+        if site["reason"]:
+            print(f"{site['name']}: {site['reason']}")
+    smaller = found["float_cache_bytes_per_token"] / found["cache_bytes_per_token"]
+    _table(
+        "Sizes",
+        ["what", "how much"],
+        [
+            ["parameters", f"{found['parameters']:,}"],
+            ["linears of the layers", _size(found["weight_bytes"])],
+            [f"embedding, head, norms ({found['dtype']})", _size(found["float_bytes"])],
+            ["on disk", _size(found["weight_bytes"] + found["float_bytes"])],
+            ["cache per token", _size(found["cache_bytes_per_token"])],
+            ["float32 cache per token is larger by", f"{smaller:.1f} times"],
+            ["memory while exporting (estimate)", _size(found["peak_memory_bytes"])],
+        ],
+        numeric=1,
+    )
+
+
+def show_manifest(out_dir: Path, manifest: dict[str, Any]) -> None:
+    """What each pass of an export did."""
+    rows = []
+    for entry in manifest["passes"]:
+        skipped = "; ".join(f"skipped {len(at)}: {why}" for why, at in entry["skipped"].items())
+        detail = "; ".join(part for part in (entry["detail"], skipped) if part)
+        rows.append([entry["name"], entry["effect"], detail, str(entry["sites"])])
+    _table(
+        f"Recipe {manifest['recipe']['name']}",
+        ["pass", "effect", "detail", "sites"],
+        rows,
+        numeric=1,
+    )
+    size = sum((out_dir / name).stat().st_size for name in manifest["files"])
+    print(f"wrote {out_dir}: {_size(size)}")
+    print(f"next: quarot-onnx validate {out_dir} --reference MODEL_DIR")
+
+
+def show_verdict(content: dict[str, Any]) -> None:
+    """The stages of a validation."""
+    marks = {"passed": "✓", "failed": "✗", "skipped": "–"}
+    _table(
+        "Validation",
+        ["", "stage", "what was found", "value", "threshold"],
+        [
+            [
+                marks[stage["status"]],
+                stage["id"],
+                stage["detail"],
+                _number(stage["value"]),
+                _number(stage["threshold"]),
+            ]
+            for stage in content["stages"]
+        ],
+        numeric=2,
+    )
+
+
+def show_evaluation(content: dict[str, Any]) -> None:
+    """Perplexities side by side."""
+    baselines = content.get("baselines", {})
+    labels = {
+        "fp32": "Hugging Face, fp32",
+        "unrotated": "same bits, unrotated",
+        "folded": "same bits, norm scales folded, unrotated",
+    }
+    rows = [[labels[name], f"{baselines[name]:,.3f}"] for name in labels if name in baselines]
+    rows.append([f"{content['recipe']} on {content['runtime']}", f"{content['perplexity']:,.3f}"])
+    _table(
+        f"Perplexity over {content['windows']} windows of {content['window_length']} tokens",
+        ["model", "perplexity"],
+        rows,
+        numeric=1,
+    )
+    for name, removed in content.get("damage_removed", {}).items():
+        print(f"{removed:.1%} of the damage is removed, in log-perplexity against: {labels[name]}")
+    if decode := content.get("decode"):
+        print(
+            f"token by token through the cache: perplexity {decode['perplexity']:.3f}, "
+            f"top-1 agreement with one pass {decode['top1_agreement']:.1%}"
+        )
+
+
+def show_inspection(found: dict[str, Any], *, all_layers: bool) -> None:
+    """An artifact's linears, cache and operators."""
+    manifest = found["manifest"]
+    print(
+        f"{manifest['source']['model_type']}, recipe {manifest['recipe']['name']}, "
+        f"{manifest['dtype']}: {found['layers']} layers, {found['nodes']} nodes, "
+        f"{_size(found['weight_bytes'])} of weights"
+    )
+    shown = [row for row in found["linears"] if all_layers or row["layer"] in (None, 0)]
+    _table(
+        "Linears" if all_layers else f"Linears of layer 0 (of {found['layers']}) and the head",
+        ["layer", "linear", "rotated by", "shape", "W", "A", "size"],
+        [
+            [
+                "-" if row["layer"] is None else str(row["layer"]),
+                row["name"],
+                row["rotation"],
+                f"{row['in_features']} x {row['out_features']}",
+                str(row["weight_bits"]),
+                str(row["activation_bits"]),
+                _size(row["bytes"]),
+            ]
+            for row in shown
+        ],
+        numeric=4,
+    )
+    _table("Cache of layer 0", ["input", "dtype", "shape"], [list(row) for row in found["cache"]])
+    counts = ", ".join(f"{count} {name}" for name, count in found["operators"].items())
+    print(f"quarot operators: {counts or 'none'}")
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]], numeric: int = 0) -> None:
+    """Print a table; the last `numeric` columns are right-aligned."""
+    from rich import box  # noqa: PLC0415
+    from rich.console import Console  # noqa: PLC0415
+    from rich.markup import escape  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for position, column in enumerate(columns):
+        right = position >= len(columns) - numeric
+        table.add_column(
+            column, justify="right" if right else "left", no_wrap=right, overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    Console(highlight=False).print(table)
