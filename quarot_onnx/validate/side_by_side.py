@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
-from polygraphy.comparator import Comparator, CompareFunc
+from polygraphy.comparator import Comparator, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, TypeAdapter, ValidationError
 
@@ -132,7 +132,7 @@ def check_outputs(subject: Subject) -> Finding:
         raise Skip(f"only {names[0]} can run it, so there is nothing to compare")
     tolerances = subject.tolerances or _derived(subject)
     measured: list[_Measured] = []
-    comparison = CompareFunc.simple(
+    comparison = SimpleCompareFunc(
         atol={name: tolerance.atol for name, tolerance in tolerances.items()},
         rtol={name: tolerance.rtol for name, tolerance in tolerances.items()},
         check_error_stat={name: tolerance.stat for name, tolerance in tolerances.items()},
@@ -166,12 +166,10 @@ def check_outputs(subject: Subject) -> Finding:
 
 def _hosts(subject: Subject) -> list[tuple[str, CausalModel]]:
     """What runs the artifact, the judge first."""
-    hosts: list[tuple[str, CausalModel]] = []
+    model = subject.need_model()
     judge = _judge(subject)
-    if judge is not None:
-        hosts.append(("PyTorch", judge))
-    hosts.append((subject.runtime, subject.need_model()))
-    return hosts
+    hosts: list[tuple[str, CausalModel]] = [] if judge is None else [("PyTorch", judge)]
+    return [*hosts, (subject.runtime, model)]
 
 
 def _judge(subject: Subject) -> CausalModel | None:
