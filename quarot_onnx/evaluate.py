@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quarot_onnx.artifacts import load_manifest
+from quarot_onnx.calibration import require_unseen
 from quarot_onnx.errors import GateError
 from quarot_onnx.runtime import CausalModel, Ids, Logits, OnnxModel, load_tokenizer
 from quarot_onnx.texts import evaluation_windows
@@ -169,6 +170,7 @@ def evaluate(
     manifest = load_manifest(artifact)
     read = evaluation_windows(text, load_tokenizer(artifact), count=count, length=length)
     cut = read.tokens
+    require_unseen(artifact, cut, str(text))
     model = OnnxModel(artifact, runtime=runtime, threads=threads)
     shares = iter(_shares(progress, 1 + decode + (0 if reference is None else _BASELINES)))
     result: dict[str, Any] = {

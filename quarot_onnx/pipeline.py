@@ -7,7 +7,11 @@
 Weights stay on disk until the last step, which computes each one as it is written.
 """
 
+import importlib.metadata
+import resource
 import shutil
+import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from quarot_onnx import artifacts
-from quarot_onnx.calibration import Calibration
+from quarot_onnx.calibration import Calibration, Journal
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UsageError
 from quarot_onnx.export.checkpoint import Checkpoint
@@ -49,7 +53,13 @@ class Rewritten:
 
 
 def rewrite(
-    checkpoint: Checkpoint, recipe: Recipe, dtype: str, calibration: Calibration | None = None
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    dtype: str,
+    calibration: Calibration | None = None,
+    *,
+    journal: Journal | None = None,
+    progress: artifacts.Progress | None = None,
 ) -> Rewritten:
     """Trace the model and apply the recipe's passes.
 
@@ -60,6 +70,8 @@ def rewrite(
         recipe: rotations, bits and methods.
         dtype: a key of `DTYPES`, for the float parts.
         calibration: what calibrated methods may look at.
+        journal: where finished layers are kept; a temporary one where None.
+        progress: called with the layers done and the layers in all, by each calibrated pass.
 
     Raises:
         UsageError: a method of the recipe looks at text and there is no calibration.
@@ -73,7 +85,8 @@ def rewrite(
     model = onnx_from_huggingface(checkpoint, DTYPES[dtype])
     reports = [untie_embeddings(model)]
     decoder = Decoder.locate(model)
-    reports += [apply() for apply in pipeline(recipe, decoder, calibration)]
+    passes = pipeline(recipe, decoder, calibration, journal=journal, progress=progress)
+    reports += [apply() for apply in passes]
     common_passes.RemoveUnusedNodesPass()(model)
     _sort_initializers(model)
     model.metadata_props["quarot.recipe"] = recipe.name
@@ -103,7 +116,9 @@ def export(
     dtype: str = "float32",
     calibration: Calibration | None = None,
     force: bool = False,
+    resume: bool = False,
     progress: artifacts.Progress | None = None,
+    calibrating: artifacts.Progress | None = None,
 ) -> dict[str, Any]:
     """Export the Hugging Face model in `model_dir` to an artifact in `out_dir`.
 
@@ -114,7 +129,10 @@ def export(
         dtype: a key of `DTYPES`, for the float parts.
         calibration: what calibrated methods may look at; recipes without one leave it alone.
         force: replace an existing artifact.
+        resume: keep what a calibrated pass has finished in ``OUT_DIR.calibration``, and go on from
+            what is there; it is removed when the artifact is complete.
         progress: called while weights are written.
+        calibrating: called with the layers done and the layers in all, by each calibrated pass.
 
     Returns:
         The manifest.
@@ -124,32 +142,63 @@ def export(
     """
     with artifacts.publish(out_dir, force=force) as staging:
         checkpoint = Checkpoint(model_dir)
-        rewritten = rewrite(checkpoint, recipe, dtype, calibration)
+        sources = {path.name: artifacts.sha256(path) for path in checkpoint.files}
+        journal = None
+        if resume and calibration is not None and recipe.is_calibrated:
+            journal = Journal(_journal_of(out_dir), _run(sources, recipe, dtype, calibration))
+        started = time.perf_counter()
+        rewritten = rewrite(
+            checkpoint, recipe, dtype, calibration, journal=journal, progress=calibrating
+        )
+        seconds = time.perf_counter() - started
         artifacts.require_space(out_dir, artifacts.stored_bytes(rewritten.model))
         artifacts.save_model(rewritten.model, staging, progress)
         for name in COMPANIONS:
             if (model_dir / name).is_file():
                 shutil.copyfile(model_dir / name, staging / name)
+        if calibration is not None and recipe.is_calibrated:
+            calibration.save(staging)
         save_polygraphy(staging)
         artifacts.save_manifest(
             staging,
             {
                 "source": {
                     "model_type": checkpoint.config["model_type"],
-                    "files": {path.name: artifacts.sha256(path) for path in checkpoint.files},
+                    "files": sources,
                 },
                 "recipe": recipe.model_dump(),
                 "targets": [asdict(target) for target in recipe.targets()],
-                **_calibrated(recipe, calibration),
+                **_calibrated(recipe, calibration, seconds),
                 "dtype": dtype,
                 "passes": [_report(report) for report in rewritten.reports],
             },
         )
-        return artifacts.load_manifest(staging)
+        manifest = artifacts.load_manifest(staging)
+    if journal is not None:
+        shutil.rmtree(journal.directory, ignore_errors=True)
+    return manifest
 
 
-def _calibrated(recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
-    """What was looked at, for the manifest of a recipe that looks."""
+def _journal_of(out_dir: Path) -> Path:
+    target = out_dir.resolve()
+    return target.with_name(f"{target.name}.calibration")
+
+
+def _run(
+    sources: dict[str, str], recipe: Recipe, dtype: str, calibration: Calibration
+) -> dict[str, Any]:
+    """What would make the numbers of a calibrated pass differ."""
+    return {
+        "source": sources,
+        "recipe": recipe.model_dump(),
+        "dtype": dtype,
+        "calibration": calibration.sha256,
+        "version": importlib.metadata.version("quarot-onnx"),
+    }
+
+
+def _calibrated(recipe: Recipe, calibration: Calibration | None, seconds: float) -> dict[str, Any]:
+    """What was looked at and what it cost, for the manifest of a recipe that looks."""
     if calibration is None or not recipe.is_calibrated:
         return {}
     windows, length = calibration.tokens.shape
@@ -159,8 +208,16 @@ def _calibrated(recipe: Recipe, calibration: Calibration | None) -> dict[str, An
             "sha256": calibration.sha256,
             "windows": windows,
             "window_length": length,
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": _peak_memory(),
         }
     }
+
+
+def _peak_memory() -> int:
+    """The most physical memory that this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _report(report: Report) -> dict[str, Any]:

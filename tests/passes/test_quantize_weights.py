@@ -8,7 +8,7 @@ import pytest
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.passes.fuse_norm_scale import FuseNormScalePass
 from quarot_onnx.passes.quantize_weights import QuantizeWeightsPass
-from quarot_onnx.quantize import rtn
+from quarot_onnx.quantizers.rtn import rtn
 from tests import float64, running
 from tests.small_decoder import assert_golden, located, logits, refused, text
 
