@@ -16,10 +16,11 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from quarot_onnx import artifacts
+from quarot_onnx.certificate import Certificate, Certifier
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.export.checkpoint import Checkpoint
 from quarot_onnx.export.huggingface import COMPANIONS, onnx_from_huggingface
-from quarot_onnx.passes import Report, pipeline, untie_embeddings
+from quarot_onnx.passes import Effect, Report, pipeline, untie_embeddings
 from quarot_onnx.recipe import Recipe
 
 DTYPES = {
@@ -38,29 +39,45 @@ class Rewritten:
         model: valid ONNX, not yet written.
         decoder: handles into it.
         reports: what each pass did, in order.
+        certificates: of each equivalent pass, by its name; empty where nothing was certified.
     """
 
     model: ir.Model
     decoder: Decoder
     reports: tuple[Report, ...]
+    certificates: dict[str, tuple[Certificate, ...]]
 
 
-def rewrite(checkpoint: Checkpoint, recipe: Recipe, dtype: str) -> Rewritten:
+def rewrite(
+    checkpoint: Checkpoint, recipe: Recipe, dtype: str, *, certify: bool = False
+) -> Rewritten:
     """Trace the model and apply the recipe's passes; no weight is read except the norms' scales.
 
+    Args:
+        checkpoint: the model.
+        recipe: rotations and bits.
+        dtype: a key of `DTYPES`, for the float parts.
+        certify: measure what each equivalent pass changed, for which every weight is read.
+
     Raises:
+        GateError: an equivalent pass has changed the function.
         InputError: damaged weights.
         UnsupportedModelError: an architecture or a dimension that a pass refuses.
     """
     model = onnx_from_huggingface(checkpoint, DTYPES[dtype])
     reports = [untie_embeddings(model)]
     decoder = Decoder.locate(model)
-    reports += [apply() for apply in pipeline(recipe, decoder)]
+    certifier = Certifier(decoder) if certify else None
+    for apply in pipeline(recipe, decoder):
+        reports.append(apply())
+        if certifier is not None and apply.effect is Effect.EQUIVALENT:
+            certifier.record(apply.name, apply.restate)
     common_passes.RemoveUnusedNodesPass()(model)
     _sort_initializers(model)
     model.metadata_props["quarot.recipe"] = recipe.name
     model.metadata_props["quarot.seed"] = str(recipe.seed)
-    return Rewritten(model, decoder, tuple(reports))
+    certificates = certifier.certify() if certifier is not None else {}
+    return Rewritten(model, decoder, tuple(reports), certificates)
 
 
 def _sort_initializers(model: ir.Model) -> None:
@@ -84,6 +101,7 @@ def export(
     *,
     dtype: str = "float32",
     force: bool = False,
+    certify: bool = True,
     progress: artifacts.Progress | None = None,
 ) -> dict[str, Any]:
     """Export the Hugging Face model in `model_dir` to an artifact in `out_dir`.
@@ -94,6 +112,7 @@ def export(
         recipe: rotations and bits.
         dtype: a key of `DTYPES`, for the float parts.
         force: replace an existing artifact.
+        certify: measure what each equivalent pass changed; costs about as much as the export.
         progress: called while weights are written.
 
     Returns:
@@ -104,7 +123,7 @@ def export(
     """
     with artifacts.publish(out_dir, force=force) as staging:
         checkpoint = Checkpoint(model_dir)
-        rewritten = rewrite(checkpoint, recipe, dtype)
+        rewritten = rewrite(checkpoint, recipe, dtype, certify=certify)
         artifacts.require_space(out_dir, stored_bytes(rewritten.model))
         artifacts.save_model(rewritten.model, staging, progress)
         for name in COMPANIONS:
@@ -119,7 +138,10 @@ def export(
                 },
                 "recipe": recipe.model_dump(),
                 "dtype": dtype,
-                "passes": [_report(report) for report in rewritten.reports],
+                "passes": [
+                    _report(report, rewritten.certificates.get(report.name, ()))
+                    for report in rewritten.reports
+                ],
             },
         )
         return artifacts.load_manifest(staging)
@@ -131,5 +153,9 @@ def stored_bytes(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def _report(report: Report) -> dict[str, Any]:
-    return {**asdict(report), "effect": report.effect.value}
+def _report(report: Report, certificates: tuple[Certificate, ...]) -> dict[str, Any]:
+    return {
+        **asdict(report),
+        "effect": report.effect.value,
+        "certificates": [certificate.as_json() for certificate in certificates],
+    }
