@@ -181,6 +181,7 @@ class PassEntry:
     sites: int
     detail: str = ""
     skipped: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    certificates: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any]) -> tuple["PassEntry", ...]:
