@@ -114,6 +114,13 @@ def export(
         typer.Option("--resume", help="Keep finished layers in OUT_DIR.calibration; go on there."),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
+    certify: Annotated[
+        bool,
+        typer.Option(
+            "--certify/--no-certify",
+            help="Measure what each rotation changed; costs about as much as the export.",
+        ),
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, sizes and memory; write nothing.")
     ] = False,
@@ -140,6 +147,7 @@ def export(
             dtype=dtype,
             calibration=_calibration(model_dir, calibration, resolved),
             force=force,
+            certify=certify,
             resume=resume,
             progress=phase("writing weights", "MB"),
             calibrating=phase("calibrating", "layers"),

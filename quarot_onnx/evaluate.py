@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quarot_onnx.artifacts import load_manifest
-from quarot_onnx.calibration import require_unseen
+from quarot_onnx.calibration import Calibration, require_unseen
 from quarot_onnx.errors import GateError
 from quarot_onnx.runtime import CausalModel, Ids, Logits, OnnxModel, load_tokenizer
 from quarot_onnx.texts import evaluation_windows
@@ -192,7 +192,13 @@ def evaluate(
     if reference is not None:
         del model
         found = baselines(
-            reference, manifest, cut, runtime=runtime, threads=threads, progress=list(shares)
+            reference,
+            manifest,
+            cut,
+            runtime=runtime,
+            threads=threads,
+            calibration=Calibration.load(artifact),
+            progress=list(shares),
         )
         result["baselines"] = found
         kept = math.log(result["perplexity"] / found["fp32"])
@@ -222,6 +228,7 @@ def baselines(
     *,
     runtime: str = "ort-cpu",
     threads: int | None = None,
+    calibration: Calibration | None = None,
     progress: Sequence[Progress | None] = (None,) * _BASELINES,
 ) -> dict[str, float]:
     """Perplexities to stand beside a rotated model's, on the same windows.
@@ -232,6 +239,7 @@ def baselines(
         windows: [N, T].
         runtime: where the exports run.
         threads: of one operator.
+        calibration: the artifact's, where its recipe has one.
         progress: for each of the baselines, called after each batch of windows.
 
     Returns:
@@ -256,6 +264,7 @@ def baselines(
                 out,
                 recipe.model_copy(update={"name": name, "rotations": off}),
                 dtype=manifest["dtype"],
+                calibration=calibration,
             )
             model = OnnxModel(out, runtime=runtime, threads=threads)
             found[name] = perplexity(model, windows, progress=progress[index])

@@ -21,12 +21,13 @@ import onnx_ir.passes.common as common_passes
 
 from quarot_onnx import artifacts
 from quarot_onnx.calibration import Calibration, Journal
+from quarot_onnx.certificate import Certificate, Certifier
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UsageError
 from quarot_onnx.export.checkpoint import Checkpoint
 from quarot_onnx.export.huggingface import COMPANIONS, onnx_from_huggingface
 from quarot_onnx.export.polygraphy_run import save_polygraphy
-from quarot_onnx.passes import Report, pipeline, untie_embeddings
+from quarot_onnx.passes import Effect, Report, pipeline, untie_embeddings
 from quarot_onnx.recipe import Recipe
 
 DTYPES = {
@@ -45,11 +46,15 @@ class Rewritten:
         model: valid ONNX, not yet written.
         decoder: handles into it.
         reports: what each pass did, in order.
+        certificates: of each equivalent pass, by its name; empty where nothing was certified.
+        seconds: that the passes took, certificates apart.
     """
 
     model: ir.Model
     decoder: Decoder
     reports: tuple[Report, ...]
+    certificates: dict[str, tuple[Certificate, ...]]
+    seconds: float
 
 
 def rewrite(
@@ -58,6 +63,7 @@ def rewrite(
     dtype: str,
     calibration: Calibration | None = None,
     *,
+    certify: bool = False,
     journal: Journal | None = None,
     progress: artifacts.Progress | None = None,
 ) -> Rewritten:
@@ -72,8 +78,10 @@ def rewrite(
         calibration: what calibrated methods may look at.
         journal: where finished layers are kept; a temporary one where None.
         progress: called with the layers done and the layers in all, by each calibrated pass.
+        certify: measure what each equivalent pass changed, for which every weight is read.
 
     Raises:
+        GateError: an equivalent pass has changed the function.
         UsageError: a method of the recipe looks at text and there is no calibration.
         InputError: damaged weights.
         UnsupportedModelError: an architecture or a dimension that a pass refuses.
@@ -86,12 +94,23 @@ def rewrite(
     reports = [untie_embeddings(model)]
     decoder = Decoder.locate(model)
     passes = pipeline(recipe, decoder, calibration, journal=journal, progress=progress)
-    reports += [apply() for apply in passes]
+    exact = [apply for apply in passes if apply.effect is Effect.EQUIVALENT]
+    certifier = Certifier(decoder) if certify else None
+    certificates: dict[str, tuple[Certificate, ...]] = {}
+    seconds = 0.0
+    for apply in passes:
+        started = time.perf_counter()
+        reports.append(apply())
+        seconds += time.perf_counter() - started
+        if certifier is not None and apply.effect is Effect.EQUIVALENT:
+            certifier.record(apply.name, apply.restate)
+            if apply is exact[-1]:  # before a calibrated pass takes its hours
+                certificates = certifier.certify()
     common_passes.RemoveUnusedNodesPass()(model)
     _sort_initializers(model)
     model.metadata_props["quarot.recipe"] = recipe.name
     model.metadata_props["quarot.seed"] = str(recipe.seed)
-    return Rewritten(model, decoder, tuple(reports))
+    return Rewritten(model, decoder, tuple(reports), certificates, seconds)
 
 
 def _sort_initializers(model: ir.Model) -> None:
@@ -117,6 +136,7 @@ def export(
     calibration: Calibration | None = None,
     force: bool = False,
     resume: bool = False,
+    certify: bool = True,
     progress: artifacts.Progress | None = None,
     calibrating: artifacts.Progress | None = None,
 ) -> dict[str, Any]:
@@ -131,6 +151,7 @@ def export(
         force: replace an existing artifact.
         resume: keep what a calibrated pass has finished in ``OUT_DIR.calibration``, and go on from
             what is there; it is removed when the artifact is complete.
+        certify: measure what each equivalent pass changed; costs about as much as the export.
         progress: called while weights are written.
         calibrating: called with the layers done and the layers in all, by each calibrated pass.
 
@@ -146,11 +167,15 @@ def export(
         journal = None
         if resume and calibration is not None and recipe.is_calibrated:
             journal = Journal(_journal_of(out_dir), _run(sources, recipe, dtype, calibration))
-        started = time.perf_counter()
         rewritten = rewrite(
-            checkpoint, recipe, dtype, calibration, journal=journal, progress=calibrating
+            checkpoint,
+            recipe,
+            dtype,
+            calibration,
+            certify=certify,
+            journal=journal,
+            progress=calibrating,
         )
-        seconds = time.perf_counter() - started
         artifacts.require_space(out_dir, artifacts.stored_bytes(rewritten.model))
         artifacts.save_model(rewritten.model, staging, progress)
         for name in COMPANIONS:
@@ -168,9 +193,12 @@ def export(
                 },
                 "recipe": recipe.model_dump(),
                 "targets": [asdict(target) for target in recipe.targets()],
-                **_calibrated(recipe, calibration, seconds),
+                **_calibrated(recipe, calibration, rewritten.seconds),
                 "dtype": dtype,
-                "passes": [_report(report) for report in rewritten.reports],
+                "passes": [
+                    _report(report, rewritten.certificates.get(report.name, ()))
+                    for report in rewritten.reports
+                ],
             },
         )
         manifest = artifacts.load_manifest(staging)
@@ -220,5 +248,9 @@ def _peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _report(report: Report) -> dict[str, Any]:
-    return {**asdict(report), "effect": report.effect.value}
+def _report(report: Report, certificates: tuple[Certificate, ...]) -> dict[str, Any]:
+    return {
+        **asdict(report),
+        "effect": report.effect.value,
+        "certificates": [certificate.as_json() for certificate in certificates],
+    }

@@ -50,6 +50,22 @@ class Calibration:
         """Keep the tokens with an artifact, so that an evaluation can refuse them."""
         np.save(directory / TOKENS, self.tokens.astype("<i8"))
 
+    @classmethod
+    def load(cls, artifact: Path) -> "Calibration | None":
+        """What `artifact` was calibrated on; None where its recipe does not look at text.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        path = artifact / TOKENS
+        if not path.is_file():
+            return None
+        try:
+            tokens = np.asarray(np.load(path), np.int64)
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: is damaged ({error}); export again") from error
+        return cls.of(tokens, str(path))
+
 
 def require_unseen(artifact: Path, evaluation: Ids, source: str) -> None:
     """Refuse to evaluate `artifact` on what its calibration has seen.
@@ -63,14 +79,8 @@ def require_unseen(artifact: Path, evaluation: Ids, source: str) -> None:
         UsageError: more than 5 % of the runs of 32 tokens were in the calibration text.
         InputError: the artifact's calibration tokens are damaged.
     """
-    path = artifact / TOKENS
-    if not path.is_file():
-        return
-    try:
-        seen = np.load(path)
-        share = texts.shared_share(seen.reshape(-1, seen.shape[-1]), evaluation)
-    except (OSError, ValueError, IndexError) as error:
-        raise InputError(f"{path}: is damaged ({error}); export again") from error
+    seen = Calibration.load(artifact)
+    share = 0.0 if seen is None else texts.shared_share(seen.tokens, evaluation)
     if share > _SHARED:
         raise UsageError(
             f"--text {source}: {share:.0%} of it was seen when {artifact} was calibrated; evaluate "
