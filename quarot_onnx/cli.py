@@ -187,11 +187,12 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, one token at a time through the quantized cache."""
+    from quarot_onnx import generation  # noqa: PLC0415
     from quarot_onnx import runtime as run  # noqa: PLC0415
 
     model = run.OnnxModel(artifact, runtime=runtime, threads=threads)
     tokenizer = run.load_tokenizer(artifact)
-    ids = run.generate(
+    ids = generation.generate(
         model,
         tokenizer.encode(prompt),
         max_new_tokens=max_new_tokens,
