@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from quarot_onnx import tables
-from quarot_onnx.errors import InputError, QuarotError, ResourceError
+from quarot_onnx.errors import InputError, QuarotError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from quarot_onnx.artifacts import Progress
@@ -52,8 +52,21 @@ Runtime = Annotated[
     Literal["ort-cpu", "ort-cuda", "tensorrt"], typer.Option(help="Where the model runs.")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime.")]
-Text = Annotated[Path, typer.Option("--text", help="A UTF-8 text file.")]
-Windows = Annotated[int, typer.Option(min=1, help="How many windows of text.")]
+Text = Annotated[
+    str,
+    typer.Option(
+        "--text",
+        metavar="TEXT",
+        help="A .txt, .jsonl or .parquet file, `embedded`, or a data set such as wikitext2.",
+    ),
+]
+Windows = Annotated[
+    str,
+    typer.Option(
+        metavar="N|all",
+        help="How many windows of text, evenly spaced; `all` reads it as the literature does.",
+    ),
+]
 WindowLength = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
 
 
@@ -142,7 +155,7 @@ def validate(
 def evaluate(
     artifact: Artifact,
     text: Text,
-    windows: Windows = 32,
+    windows: Windows = "32",
     window_length: WindowLength = 256,
     reference: Annotated[
         Path | None,
@@ -163,7 +176,7 @@ def evaluate(
         content = run_evaluate(
             artifact,
             text,
-            count=windows,
+            count=_window_count(windows),
             length=window_length,
             reference=reference,
             decode=decode,
@@ -300,6 +313,15 @@ def _options(
     ] = False,
 ) -> None:
     del version
+
+
+def _window_count(text: str) -> int | None:
+    """``--windows``: a number, or None for all."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--windows {text}: must be 1 or more, or `all`")
+    return int(text)
 
 
 # --- Output --------------------------------------------------------------------------------------
