@@ -324,12 +324,13 @@ class Scheduler:
         if text.reply.is_cancelled():
             self._cancel(text)
             return True
+        self._active.append(text)
         try:
             logits = self._batch.join(text.prompt)
         except QuarotError as error:
+            self._active.pop()
             self._fail(text, str(error))
             return True
-        self._active.append(text)
         self.statistics.prompt_tokens += len(text.prompt)
         if self._advance(text, logits):
             self._leave(len(self._active) - 1)

@@ -34,7 +34,7 @@ def stream(url: str, model: str, body: dict[str, Any]) -> Iterator[dict[str, Any
                         sys.exit(event["error"])
                     yield event
     except urllib.error.HTTPError as error:
-        sys.exit(json.loads(error.read())["error"])
+        sys.exit(json.loads(error.read().removeprefix(b"data:"))["error"])
     except urllib.error.URLError as error:
         sys.exit(f"{url}: {error.reason}; is the server running?")
 

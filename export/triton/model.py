@@ -60,6 +60,7 @@ class TritonPythonModel:
                 asked, reply = _parsed(request, sender)
                 self._scheduler.submit(asked, reply)
             except QuarotError as error:
+                self._metrics.refused()
                 _send_error(sender, str(error), _code(error))
 
     def finalize(self) -> None:
@@ -122,6 +123,7 @@ class _Metrics:
                 ("generated_tokens", "Tokens generated", counter),
                 ("steps", "Steps of the batch", counter),
                 ("finished_requests", "Requests finished, by reason", counter),
+                ("refused_requests", "Requests refused before they waited", counter),
             )
         }
         self._metrics = {
@@ -134,6 +136,9 @@ class _Metrics:
             for reason in ("stop", "length", "cancelled", "failed")
         }
         self._shown = dict.fromkeys(self._metrics, 0)
+
+    def refused(self) -> None:
+        self._metrics["refused_requests"].increment(1)
 
     def update(self, statistics: Statistics) -> None:
         now = {
@@ -161,6 +166,8 @@ def _parsed(request: Any, sender: Any) -> tuple[Request, _Reply]:
         InputError: a text is not UTF-8.
     """
     texts = _texts(request, "text_input")
+    if not texts:
+        raise UsageError("text_input: is missing; send one prompt in a request")
     if len(texts) != 1:
         raise UsageError(f"text_input: has {len(texts)} elements; send one prompt in a request")
     max_tokens = _number(request, "max_tokens")

@@ -103,9 +103,7 @@ def _model_config_class() -> Any:
         if name == "ModelConfig":
             entry = message.nested_type.add(name="ParametersEntry")
             entry.options.map_entry = True
-            _add_fields(
-                entry, (("key", 1, "string", False), ("value", 2, "ModelParameter", False))
-            )
+            _add_fields(entry, (("key", 1, "string", False), ("value", 2, "ModelParameter", False)))
     pool = descriptor_pool.DescriptorPool()  # of its own: tritonclient fills the default one
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("inference.ModelConfig"))

@@ -24,20 +24,21 @@ if command -v tritonserver >/dev/null; then
   exec tritonserver "${flags[@]}" "$@"
 fi
 
-# Two lines: the packages' directory and the directory of libpython; a third, where something lacks.
+# Two lines: the packages' directory and that of the shared libpython; a third where one is missing.
 mapfile -t python < <(
   python3 - <<'PY'
 import importlib.util, pathlib, sysconfig
 
-packages = pathlib.Path(sysconfig.get_path("purelib"))
+modules = ("pytriton", "numpy", "onnxruntime", "tokenizers", "ml_dtypes")
+missing = [name for name in modules if not importlib.util.find_spec(name)]
 library = pathlib.Path(sysconfig.get_config_var("LIBDIR") or "/")
-missing = [m for m in ("pytriton", "numpy", "onnxruntime", "tokenizers") if not importlib.util.find_spec(m)]
-print(packages)
+name = sysconfig.get_config_var("INSTSONAME") or ""
+print(sysconfig.get_path("purelib"))
 print(library)
 if missing:
-    print(f"python3 has no {', '.join(missing)}; pip install nvidia-pytriton onnxruntime tokenizers ml_dtypes")
-elif not (library / f"libpython{sysconfig.get_config_var('VERSION')}.so.1.0").exists():
-    print(f"{library}: no shared libpython; use a Python built with --enable-shared (apt-get install libpython3-dev)")
+    print(f"python3 has no {', '.join(missing)}; pip install nvidia-pytriton onnxruntime tokenizers")
+elif ".so" not in name or not (library / name).exists():
+    print("python3 has no shared libpython; use a Python that was built with --enable-shared")
 PY
 )
 if [[ ${#python[@]} -ne 2 ]]; then
