@@ -9,7 +9,12 @@ one that onnx works with; a test parses the files with tritonclient's own.
 
 from typing import Any
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from google.protobuf import (  # type: ignore[import-untyped]
+    descriptor_pb2,
+    descriptor_pool,
+    message_factory,
+    text_format,
+)
 
 from quarot_onnx.errors import InputError
 
