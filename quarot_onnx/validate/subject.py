@@ -84,9 +84,9 @@ class Subject:
         artifact: Path,
         reference: Path | None,
         *,
-        runtime: str,
-        threads: int | None,
-        tolerance: float | None,
+        runtime: str = "ort-cpu",
+        threads: int | None = None,
+        tolerance: float | None = None,
     ) -> None:
         self.artifact, self.reference = artifact, reference
         self.runtime, self.threads = runtime, threads
