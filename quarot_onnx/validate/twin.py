@@ -33,6 +33,7 @@ from quarot_onnx.runtime import load_session, position_ids
 from quarot_onnx.sections import between, cut
 from quarot_onnx.validate.closeness import relative_error
 from quarot_onnx.validate.subject import Subject
+from quarot_onnx.validate.verdict import Finding, Skip
 
 Array = NDArray[Any]
 
@@ -129,6 +130,49 @@ def bisect(subject: Subject) -> Bisection:
         if departure is not None:
             return Bisection(tuple(sites), departure, twin.is_calibrated)
     return Bisection(tuple(sites), None, twin.is_calibrated)
+
+
+# --- Stages of families that no PyTorch model of the codes is written for -------------------------
+
+
+def check_initializers(subject: Subject) -> Finding:
+    """Fails on an initializer that is not the one that a new export of the reference has."""
+    twin = _uncalibrated(subject)
+    worst, where, count = 0.0, "", 0
+    for name, found, wanted in twin.initializers():
+        allowed = 2 * subject.epsilon if wanted.dtype.kind == "f" else _ROUNDED
+        error = _error(found, wanted) / allowed
+        count += 1
+        if not error <= worst:
+            worst, where = error, name
+    detail = f"{count} tensors against a new export; furthest is {where or 'none'}"
+    return Finding("error over what another machine explains", worst, 1.0, detail)
+
+
+def check_sites(subject: Subject) -> Finding:
+    """Fails on a layer, an embedding or a head that computes something else than a new export's.
+
+    The new export's float model is compared with Hugging Face's, layer by layer.
+    """
+    found = bisect(subject)
+    if (departure := found.departure) is not None:
+        error, allowed = departure.error, departure.allowed
+        detail = f"{departure.site}, tensor {departure.tensor}: {departure.detail}"
+        return Finding("relative error of a tensor", error, allowed, detail, False)
+    judged = max(site.to_hugging_face for site in found.sites)
+    detail = (
+        f"{len(found.sites)} parts against a new export, whose float parts are within "
+        f"{judged:.2g} of Hugging Face's"
+    )
+    return Finding(
+        "relative error of a tensor", max(s.to_export for s in found.sites), None, detail
+    )
+
+
+def _uncalibrated(subject: Subject) -> "Twin":
+    if subject.recipe.is_calibrated:
+        raise Skip("the recipe looked at text, without which its weights cannot be found again")
+    return Twin(subject)
 
 
 class Twin:
