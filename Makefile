@@ -7,10 +7,10 @@ DEMO := out/demo
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test mutations check lint format clean
+.PHONY: help setup demo plugins plugins-cpu test mutations check lint format clean
 
 help: ## Show this help
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: .venv/.ready ## Make .venv with the pinned versions (CPU)
 
@@ -29,6 +29,12 @@ demo: setup ## Export, validate, evaluate and run the embedded model; write out/
 	$(BIN)/quarot-onnx report $(DEMO)/w4a4kv4 $(DEMO)/report.html --reference $(MODEL) --text $(TEXT) \
 	  --prompt "Return the" --validation $(DEMO)/validation.json --evaluation $(DEMO)/evaluation.json
 
+plugins: setup ## Build build/plugins/libquarot_plugins.so with nvcc (ARCHS="80 86 89 90a 120", TRT_INCLUDE=dir)
+	@$(BIN)/python -m quarot_onnx.plugins.build plugins $(ARCHS)
+
+plugins-cpu: setup ## Build build/plugins/libquarot_plugins_cpu.so: the same plugins on emulated kernels, with g++
+	@$(BIN)/python -m quarot_onnx.plugins.build plugins-cpu
+
 test: setup ## Run the tests (CPU, offline); the mutation tests are `make mutations`
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
@@ -39,7 +45,7 @@ lint: setup ## Run ruff, mypy and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'plugins_cuda/*.cu' 'plugins_cuda/*.cuh' 'plugins_cuda/*.hpp' 'plugins_cuda/*.h' 'tests/*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'plugins_cuda/*.cu' 'plugins_cuda/*.cuh' 'plugins_cuda/*.hpp' 'plugins_cuda/*.h' 'plugins_cuda/*.cpp' 'tests/*.cu' 'tests/plugins/*.cpp')
 
 check: lint test ## Lint and test
 

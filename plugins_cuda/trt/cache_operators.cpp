@@ -109,25 +109,20 @@ class KvAppend : public Operator {
 class KvAttention : public Operator {
  public:
   KvAttention()
-      : Operator("KvAttention",
-                 {{"q", Type::kFLOATING, "[B, Hq, S, D]"},
-                  {"key", Type::kINT8, "[B, H, C, D/2]"},
-                  {"key_scale", Type::kFLOAT, "[B, H, C, 1]"},
-                  {"key_zero", Type::kFLOAT, "[B, H, C, 1]"},
-                  {"value", Type::kINT8, "[B, H, C, D/2]"},
-                  {"value_scale", Type::kFLOAT, "[B, H, C, 1]"},
-                  {"value_zero", Type::kFLOAT, "[B, H, C, 1]"},
-                  {"lengths", Type::kINT32, "[B]"},
-                  {"mask", Type::kBOOL, "[B, 1, S, M]", true}},
-                 {{"y", Type::kFLOATING, "[B, S, Hq * D]"}},
-                 {{"scale",
-                   AttributeKind::kFLOAT,
-                   true,
-                   0,
-                   {},
-                   0,
-                   std::numeric_limits<float>::max()},
-                  {"rotate", AttributeKind::kINT, false, 0, {0, 1}, 0, 0}}) {}
+      : Operator(
+            "KvAttention",
+            {{"q", Type::kFLOATING, "[B, Hq, S, D]"},
+             {"key", Type::kINT8, "[B, H, C, D/2]"},
+             {"key_scale", Type::kFLOAT, "[B, H, C, 1]"},
+             {"key_zero", Type::kFLOAT, "[B, H, C, 1]"},
+             {"value", Type::kINT8, "[B, H, C, D/2]"},
+             {"value_scale", Type::kFLOAT, "[B, H, C, 1]"},
+             {"value_zero", Type::kFLOAT, "[B, H, C, 1]"},
+             {"lengths", Type::kINT32, "[B]"},
+             {"mask", Type::kBOOL, "[B, 1, S, M]", true}},
+            {{"y", Type::kFLOATING, "[B, S, Hq * D]"}},
+            {{"scale", AttributeKind::kFLOAT, true, 0, {}, 0, std::numeric_limits<float>::max()},
+             {"rotate", AttributeKind::kINT, false, 0, {0, 1}, 0, 0}}) {}
 
   void outputShapes(Attributes const&, nvinfer1::DimsExprs const* in, int32_t,
                     nvinfer1::DimsExprs* out, nvinfer1::IExprBuilder& builder) const override {

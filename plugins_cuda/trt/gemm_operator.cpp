@@ -14,17 +14,18 @@ int64_t ceilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 class Int4Gemm : public Operator {
  public:
   Int4Gemm()
-      : Operator("Int4Gemm",
-                 {{"q", Type::kINT8, "[..., k/2] or split"},
-                  {"scale", Type::kFLOAT, "[..., 1]"},
-                  {"w", Type::kINT8, "[ceil(n/64), 2 ceil(k/128), 4, 32, 16]"},
-                  {"w_scale", Type::kFLOAT, "[n]"},
-                  {"bias", Type::kFLOAT, "[n]", true}},
-                 {{"y", Type::kCHOSEN, "[..., n]"}},
-                 {{"dtype", AttributeKind::kINT, true, 0, {10, 16}, 0, 0},
-                  {"weight_layout", AttributeKind::kINT, true, 0, {kFRAGMENTS}, 0, 0},
-                  {"activation_layout", AttributeKind::kINT, false, kPACKED, {kPACKED, kSPLIT}, 0,
-                   0}}) {}
+      : Operator(
+            "Int4Gemm",
+            {{"q", Type::kINT8, "[..., k/2] or split"},
+             {"scale", Type::kFLOAT, "[..., 1]"},
+             {"w", Type::kINT8, "[ceil(n/64), 2 ceil(k/128), 4, 32, 16]"},
+             {"w_scale", Type::kFLOAT, "[n]"},
+             {"bias", Type::kFLOAT, "[n]", true}},
+            {{"y", Type::kCHOSEN, "[..., n]"}},
+            {{"dtype", AttributeKind::kINT, true, 0, {10, 16}, 0, 0},
+             {"weight_layout", AttributeKind::kINT, true, 0, {kFRAGMENTS}, 0, 0},
+             {"activation_layout", AttributeKind::kINT, false, kPACKED, {kPACKED, kSPLIT}, 0, 0}}) {
+  }
 
   void outputShapes(Attributes const&, nvinfer1::DimsExprs const* in, int32_t,
                     nvinfer1::DimsExprs* out, nvinfer1::IExprBuilder&) const override {
@@ -88,8 +89,7 @@ class Int4Gemm : public Operator {
       args.k = 128 * q.d[0];
       requireDims("q", q, {args.k / 128, 8 * ceilDiv(args.m, 8), 128});
     }
-    requireDims("w", call.in[2].dims,
-                {ceilDiv(args.n, 64), 2 * ceilDiv(args.k, 128), 4, 32, 16});
+    requireDims("w", call.in[2].dims, {ceilDiv(args.n, 64), 2 * ceilDiv(args.k, 128), 4, 32, 16});
     if (call.nbInputs == 5) requireDims("bias", call.in[4].dims, {args.n});
 
     bool const known = call.inputs && call.outputs;

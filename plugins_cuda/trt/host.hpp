@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The process around the plugins: the TensorRT libraries loaded in it, their registries and loggers.
+// The process around the plugins: the TensorRT libraries loaded in it, their registries and
+// loggers.
 //
-// TensorRT 11 put its loggers and its registry's destructor elsewhere in the tables of virtual functions, so one library
-// that serves both versions asks the loaded TensorRT which it is, and declares both tables itself.
-// Nothing here links to TensorRT: everything is looked up in what the process has already loaded.
+// TensorRT 11 put its loggers and its registry's destructor elsewhere in the tables of virtual
+// functions, so one library that serves both versions asks the loaded TensorRT which it is, and
+// declares both tables itself. Nothing here links to TensorRT: everything is looked up in what the
+// process has already loaded.
 #pragma once
 
 #include <string>

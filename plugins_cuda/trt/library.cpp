@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The entry points of libquarot_plugins.so, all that it exports.
 //
-// Two families of loaders want two protocols. IPluginRegistry::loadLibrary (trtexec --dynamicPlugins, engines that carry
-// their plugins) calls getCreators and registers what it returns. Everyone who merely dlopens (Polygraphy --plugins, trtexec
-// --staticPlugins, Triton, LD_PRELOAD) expects the library to register itself, which the constructor below does.
-// Where both happen, loadLibrary would find its creators registered, refuse them and unload the library
-// under the registry's pointers: getCreators therefore takes the registrations back first, and the library is linked
-// with -z nodelete, so that no pointer to it ever dangles.
+// Two families of loaders want two protocols. IPluginRegistry::loadLibrary (trtexec
+// --dynamicPlugins, engines that carry their plugins) calls getCreators and registers what it
+// returns. Everyone who merely dlopens (Polygraphy --plugins, trtexec
+// --staticPlugins, Triton, LD_PRELOAD) expects the library to register itself, which the
+// constructor below does. Where both happen, loadLibrary would find its creators registered, refuse
+// them and unload the library under the registry's pointers: getCreators therefore takes the
+// registrations back first, and the library is linked with -z nodelete, so that no pointer to it
+// ever dangles.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -59,7 +61,7 @@ std::string json(AttributeSpec const& spec) {
   static char const* const kinds[] = {"int", "float", "ints"};
   char initial[32] = "null";
   if (!spec.required && spec.kind != AttributeKind::kINTS)
-    snprintf(initial, sizeof initial, "%.9g", spec.initial);
+    snprintf(initial, sizeof initial, "%.10g", spec.initial);
   return "{\"name\": " + quoted(spec.name) +
          ", \"type\": " + quoted(kinds[static_cast<int>(spec.kind)]) +
          ", \"required\": " + (spec.required ? "true" : "false") + ", \"default\": " + initial +
@@ -94,9 +96,7 @@ char const* libraryDescription() {
 }  // namespace quarot
 
 // Called by IPluginRegistry::loadLibrary, before getCreators.
-QR_ENTRY void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
-  quarot::setLoggerFinder(finder);
-}
+QR_ENTRY void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { quarot::setLoggerFinder(finder); }
 
 QR_ENTRY nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators) {
   quarot::deregisterCreators();
@@ -104,8 +104,9 @@ QR_ENTRY nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreato
   return quarot::creators().data();
 }
 
-// Registers the creators with an IPluginRegistry, or, given null, with every TensorRT loaded in this process:
-// for a process that loads TensorRT after this library. The number registered; -1 where there is no TensorRT.
+// Registers the creators with an IPluginRegistry, or, given null, with every TensorRT loaded in
+// this process: for a process that loads TensorRT after this library. The number registered; -1
+// where there is no TensorRT.
 QR_ENTRY int32_t quarotRegisterPlugins(void* registry) { return quarot::registerAll(registry); }
 
 // What this library is, as JSON; lives as long as the process.

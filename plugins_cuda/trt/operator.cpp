@@ -59,10 +59,9 @@ constexpr int32_t kLONGEST_LIST{64};
 
 AttributeValue parse(AttributeSpec const& spec, PluginField const& field) {
   bool const isReal = spec.kind == AttributeKind::kFLOAT;
-  bool const rightType = isReal ? field.type == PluginFieldType::kFLOAT32 ||
-                                      field.type == PluginFieldType::kFLOAT64
-                                : field.type == PluginFieldType::kINT32 ||
-                                      field.type == PluginFieldType::kINT64;
+  bool const rightType =
+      isReal ? field.type == PluginFieldType::kFLOAT32 || field.type == PluginFieldType::kFLOAT64
+             : field.type == PluginFieldType::kINT32 || field.type == PluginFieldType::kINT64;
   if (!rightType)
     refuse(spec, "a field of type " + std::to_string(static_cast<int32_t>(field.type)));
   int32_t const longest = spec.kind == AttributeKind::kINTS ? kLONGEST_LIST : 1;
@@ -78,10 +77,10 @@ AttributeValue parse(AttributeSpec const& spec, PluginField const& field) {
   }
   for (int32_t i = 0; i < field.length; i++) {
     int64_t const given = integerAt(field, i);
-    bool const known = spec.choices.empty()
-                           ? given >= 1 && given <= std::numeric_limits<int32_t>::max()
-                           : std::find(spec.choices.begin(), spec.choices.end(), given) !=
-                                 spec.choices.end();
+    bool const known =
+        spec.choices.empty()
+            ? given >= 1 && given <= std::numeric_limits<int32_t>::max()
+            : std::find(spec.choices.begin(), spec.choices.end(), given) != spec.choices.end();
     if (!known) refuse(spec, std::to_string(given));
     value.integer = static_cast<int32_t>(given);
     if (spec.kind == AttributeKind::kINTS) value.integers.push_back(value.integer);

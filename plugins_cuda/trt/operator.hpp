@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a plugin is, apart from TensorRT's life cycle: a table of its tensors and attributes, its output shapes, and
-// the kernel call that its tensors make. plugin.cpp gives every operator the same life.
+// What a plugin is, apart from TensorRT's life cycle: a table of its tensors and attributes, its
+// output shapes, and the kernel call that its tensors make. plugin.cpp gives every operator the
+// same life.
 #pragma once
 
 #include <cstddef>
@@ -51,7 +52,8 @@ struct AttributeValue {
 // Values in the order of the operator's attributes.
 using Attributes = std::vector<AttributeValue>;
 
-// The tensors of a call. `in` and `out` hold their sizes; the pointers are null while only sizes are known.
+// The tensors of a call. `in` and `out` hold their sizes; the pointers are null while only sizes
+// are known.
 struct Call {
   nvinfer1::PluginTensorDesc const* in;
   int32_t nbInputs;
@@ -135,7 +137,8 @@ int32_t requireSymbolicRank(char const* name, nvinfer1::DimsExprs const& dims, i
 // qr_dtype of a floating tensor.
 int32_t kernelDtype(nvinfer1::DataType type);
 
-// Memory that is only looked at for being there: kernels check pointers before sizes of zero return.
+// Memory that is only looked at for being there: kernels check pointers before sizes of zero
+// return.
 inline void* nowhere() { return reinterpret_cast<void*>(uintptr_t{256}); }
 
 }  // namespace quarot

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The life of every plugin: created from fields, asked for types, shapes and formats, configured, serialized, cloned for
-// a context, told its shapes, enqueued. No function here lets an exception out: a Refusal becomes a logged line
-// and a status.
+// The life of every plugin: created from fields, asked for types, shapes and formats, configured,
+// serialized, cloned for a context, told its shapes, enqueued. No function here lets an exception
+// out: a Refusal becomes a logged line and a status.
 #include "plugin.hpp"
 
 #include <new>
@@ -45,8 +45,8 @@ int32_t guarded(Operator const& op, std::string const& layer, What&& what) noexc
 
 bool isFloating(DataType type) { return type == DataType::kHALF || type == DataType::kBF16; }
 
-// Build is IPluginV3OneBuild, or IPluginV3OneBuildV2 where outputs share memory with inputs: TensorRT before 10.3 does
-// not know the latter, and the other plugins need not wait for it.
+// Build is IPluginV3OneBuild, or IPluginV3OneBuildV2 where outputs share memory with inputs:
+// TensorRT before 10.3 does not know the latter, and the other plugins need not wait for it.
 template <class Build>
 class Plugin final : public nvinfer1::IPluginV3,
                      public nvinfer1::IPluginV3OneCore,
@@ -56,9 +56,8 @@ class Plugin final : public nvinfer1::IPluginV3,
   Plugin(Operator const& op, Attributes attributes, std::string layer)
       : mOperator(op), mAttributes(std::move(attributes)), mLayer(std::move(layer)) {
     mDescription = describe(op, mAttributes);
-    mTimingCacheId =
-        std::string(kNAMESPACE) + "." + op.name() + "." + kVERSION + "." QR_BUILD_ID + ": " +
-        mDescription;
+    mTimingCacheId = std::string(kNAMESPACE) + "." + op.name() + "." + kVERSION + "." QR_BUILD_ID +
+                     ": " + mDescription;
   }
 
   // IPluginV3
@@ -335,10 +334,10 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
  public:
   explicit Creator(Operator const& op) : mOperator(op) {
     for (AttributeSpec const& spec : op.attributes())
-      mFields.emplace_back(spec.name, nullptr,
-                           spec.kind == AttributeKind::kFLOAT ? PluginFieldType::kFLOAT32
-                                                              : PluginFieldType::kINT32,
-                           spec.kind == AttributeKind::kINTS ? 0 : 1);
+      mFields.emplace_back(
+          spec.name, nullptr,
+          spec.kind == AttributeKind::kFLOAT ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32,
+          spec.kind == AttributeKind::kINTS ? 0 : 1);
     mCollection = {static_cast<int32_t>(mFields.size()), mFields.data()};
   }
 

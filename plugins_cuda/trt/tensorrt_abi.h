@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The part of TensorRT's plugin ABI that this project uses, written down by hand, for builds without
-// NVIDIA's headers (they come with no package). What counts is the order of virtual functions, the
-// layout of structs and the values of enumerators, by the Itanium C++ ABI; names follow NVIDIA's so
-// that the same sources compile against either. Parts that differ between TensorRT 10 and 11 (loggers, the
-// registry) are in host.hpp.
+// The part of TensorRT's plugin ABI that this project uses, written down by hand, for builds
+// without NVIDIA's headers (they come with no package). What counts is the order of virtual
+// functions, the layout of structs and the values of enumerators, by the Itanium C++ ABI; names
+// follow NVIDIA's so that the same sources compile against either. Parts that differ between
+// TensorRT 10 and 11 (loggers, the registry) are in host.hpp.
 //
 // tests/plugins/abi_report.cpp prints sizes, offsets and virtual function indices of this header
 // or of NVIDIA's; the test compares this header's with those of 10.3, 10.16 and 11.1.

@@ -22,8 +22,8 @@ class Transform : public Operator {
   void check(Attributes const& attributes) const override {
     std::vector<int32_t> const& factors = value(attributes, "factors").integers;
     qr_hadamard_plan plan;
-    int const status = qr_make_hadamard_plan(factors.data(), int32_t(factors.size()), 1, nullptr,
-                                             nullptr, &plan);
+    int const status =
+        qr_make_hadamard_plan(factors.data(), int32_t(factors.size()), 1, nullptr, nullptr, &plan);
     if (status != QR_OK)
       throw Refusal{describe(*this, attributes) + ": " + qr_status_string(status) +
                     "; allowed: powers of two, and up to three multiples of 4 up to 192"};
@@ -88,8 +88,7 @@ class Transform : public Operator {
               "qr_make_hadamard_plan", "inner=" + std::to_string(inner));
     }
     if (words > 0)
-      args.hadamard.signs =
-          static_cast<uint32_t const*>(call.inputs ? call.inputs[1] : nowhere());
+      args.hadamard.signs = static_cast<uint32_t const*>(call.inputs ? call.inputs[1] : nowhere());
     epilogue(attributes, call, &args);
     return args;
   }
@@ -124,15 +123,16 @@ class Hadamard : public Transform {
 class QuantizeInt4 : public Transform {
  public:
   QuantizeInt4()
-      : Transform("QuantizeInt4",
-                  {{"x", Type::kFLOATING, "[..., k]"}, {"signs", Type::kINT32, "[words]", true}},
-                  {{"q", Type::kINT8, "[..., k/2] or split"}, {"scale", Type::kFLOAT, "[..., 1]"}},
-                  {{"bits", AttributeKind::kINT, false, 4, {4}, 0, 0},
-                   {"clip_ratio", AttributeKind::kFLOAT, false, 0.9, {}, 0, 1},
-                   factorsSpec(false),
-                   {"heads", AttributeKind::kINT, false, 0, {0, 1}, 0, 0},
-                   {"activation_layout", AttributeKind::kINT, false, kPACKED, {kPACKED, kSPLIT}, 0,
-                    0}}) {}
+      : Transform(
+            "QuantizeInt4",
+            {{"x", Type::kFLOATING, "[..., k]"}, {"signs", Type::kINT32, "[words]", true}},
+            {{"q", Type::kINT8, "[..., k/2] or split"}, {"scale", Type::kFLOAT, "[..., 1]"}},
+            {{"bits", AttributeKind::kINT, false, 4, {4}, 0, 0},
+             {"clip_ratio", AttributeKind::kFLOAT, false, 0.9, {}, 0, 1},
+             factorsSpec(false),
+             {"heads", AttributeKind::kINT, false, 0, {0, 1}, 0, 0},
+             {"activation_layout", AttributeKind::kINT, false, kPACKED, {kPACKED, kSPLIT}, 0, 0}}) {
+  }
 
   void outputShapes(Attributes const& attributes, DimsExprs const* in, int32_t, DimsExprs* out,
                     nvinfer1::IExprBuilder& builder) const override {
