@@ -12,13 +12,18 @@ export HF_HUB_OFFLINE := 1
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: .venv/.ready ## Make .venv with the pinned versions (CPU)
+setup: .venv/.ready .venv/tensorrt/lean-10 .venv/tensorrt/lean-11 ## Make .venv with the pinned versions (CPU)
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[cpu,data,report,dev]"
 	@touch $@
+
+.venv/tensorrt/lean-%: tests/plugins/runtimes/lean-%.txt .venv/.ready
+	@rm -rf $@
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ --requirement $< && touch $@ || \
+	  echo "setup: no TensorRT lean runtime $* from the package index; the tests that load the plugins into it will be skipped"
 
 demo: setup ## Export, validate, evaluate and run the embedded model; write out/demo/report.html
 	@mkdir -p $(DEMO)

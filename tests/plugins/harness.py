@@ -182,7 +182,7 @@ class Host:
 
     def log(self) -> str:
         """What plugins have logged since the last call: lines of severity and message."""
-        text = self.abi.host_log().decode()
+        text = self.abi.host_log().decode(errors="backslashreplace")
         self.abi.host_clear_log()
         return text
 
