@@ -30,6 +30,7 @@ ARCHITECTURES: Final = ("80", "86", "89", "90a", "120")
 Target = Literal["cpu", "cuda"]
 _FILES: Final = {"cpu": "libquarot_kernels_cpu.so", "cuda": "libquarot_kernels.so"}
 _PLUGIN_FILES: Final = {"cpu": "libquarot_plugins_cpu.so", "cuda": "libquarot_plugins.so"}
+_NVCC = "nvcc"
 _COMMANDS: Final = ("cpu", "cuda", "plugins", "plugins-cpu")
 
 
@@ -60,16 +61,16 @@ def find_nvcc() -> Path:
         MissingDependencyError: there is none.
     """
     candidates = [
-        Path(os.environ[variable]) / "bin" / "nvcc"
+        Path(os.environ[variable]) / "bin" / _NVCC
         for variable in ("CUDA_HOME", "CUDA_PATH")
         if variable in os.environ
     ]
-    if on_path := shutil.which("nvcc"):
+    if on_path := shutil.which(_NVCC):
         candidates.append(Path(on_path))
     spec = importlib.util.find_spec("nvidia")
     for root in (spec.submodule_search_locations or ()) if spec else ():
-        candidates += sorted(Path(root).glob("*/bin/nvcc"), reverse=True)
-    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+        candidates += sorted(Path(root).glob(f"*/bin/{_NVCC}"), reverse=True)
+    candidates.append(Path("/usr/local/cuda/bin") / _NVCC)
     for candidate in candidates:
         if candidate.is_file():
             return candidate
@@ -114,11 +115,15 @@ def build_plugins(
     tensorrt_include: Path | None = None,
     jobs: int = 0,
 ) -> Path:
-    """The TensorRT plugin library over a target's kernels; arguments as those of `build`.
+    """The TensorRT plugin library over a target's kernels.
 
     Args:
+        target: of the kernels, as in `build`.
+        architectures: as in `build`.
+        sanitize: as in `build`.
         tensorrt_include: NVIDIA's headers, in place of the project's own of the plugin ABI; the
             environment's ``TRT_INCLUDE`` where it is None.
+        jobs: as in `build`.
 
     Raises:
         MissingDependencyError: as `build`.

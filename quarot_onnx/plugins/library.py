@@ -99,6 +99,14 @@ def install(built: Path) -> Path:
     return place
 
 
+def is_installed(target: build.Target = "cuda") -> bool:
+    """Whether `directory` has the library of a target."""
+    try:
+        return (directory() / _NAMES[target]).is_file()
+    except MissingDependencyError:  # no sources, as in an installed wheel
+        return False
+
+
 def find(target: build.Target = "cuda") -> PluginLibrary:
     """The installed library, or the one that ``QUAROT_PLUGINS_LIBRARY`` names; see `verify`.
 
@@ -155,7 +163,7 @@ def verify(path: Path) -> PluginLibrary:
 def load(target: build.Target = "cuda") -> PluginLibrary:
     """`find` the library and register its plugins with every TensorRT loaded in this process.
 
-    Import ``tensorrt`` first. Loading it again, by this or by TensorRT's own functions, is harmless.
+    Import ``tensorrt`` first. Loading it again, here or through TensorRT, is harmless.
 
     Raises:
         MissingDependencyError: as `find`.

@@ -612,3 +612,25 @@ def test_any_mix_of_heads_lengths_and_slices(
         rotate_,
     )
     assert_close(*attend(case, dtype, seed=seed), dtype)
+
+
+def test_append_takes_k_alone(library):
+    cache = Cache(library, 1, 2, 8, 64)
+    held = library.put(np.ones((1, 2, 3, 64), np.float16))
+    library.kernels.kv_append(
+        Dtype.FP16,
+        held.pointer,
+        None,
+        batch=1,
+        kv_heads=2,
+        head_dim=64,
+        tokens=3,
+        capacity=8,
+        strides=(384, 192, 64),
+        key=cache.key,
+        value=None,
+    )
+    codes, _, _ = cache.read(0)
+    assert (codes[:, :, :3] == 0xFF).all()
+    assert (codes[:, :, 3:] == 0xEE).all()
+    assert (cache.read(1)[0] == 0xEE).all()

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Prints what a caller of TensorRT's plugin interfaces relies on: sizes and offsets of structs, values of enumerators, and the
-// index of each virtual function. Compiled with the project's header it also prints, for TensorRT 10 and 11 each, the interfaces of
-// host_abi.hpp; compiled with NVIDIA's (QR_TENSORRT_HEADERS), NVIDIA's own.
+// Prints what a caller of TensorRT's plugin interfaces relies on: sizes and offsets of structs,
+// values of enumerators, and the index of each virtual function. Compiled with the project's header
+// it also prints, for TensorRT 10 and 11 each, the interfaces of host_abi.hpp; compiled with
+// NVIDIA's (QR_TENSORRT_HEADERS), NVIDIA's own.
 #include <cstdio>
 #include <cstring>
 

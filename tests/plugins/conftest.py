@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.plugins.harness import Host, compile_host
 
 from quarot_onnx.plugins import build
 from quarot_onnx.plugins.library import LIBRARY_VARIABLE
+from tests.plugins.harness import Host, compile_host
 
 
 @pytest.fixture(scope="session")

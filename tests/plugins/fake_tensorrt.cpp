@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A process's TensorRT as the plugins see it: versions, a registry, a logger, of TensorRT FAKE_MAJOR. For what the lean runtime does
-// without a GPU never do: hand out a logger.
+// A process's TensorRT as the plugins see it: versions, a registry, a logger, of TensorRT
+// FAKE_MAJOR. For what the lean runtime does without a GPU never do: hand out a logger.
 #include <cstring>
 #include <string>
 #include <vector>

@@ -10,7 +10,17 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char_p,
+    c_float,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_void_p,
+)
 from pathlib import Path
 from typing import Any, Final
 
@@ -91,9 +101,9 @@ def fields(attributes: Mapping[str, Any]) -> tuple[Fields, list[np.ndarray]]:
     """
     arrays = []
     for value in attributes.values():
-        if not isinstance(value, np.ndarray):
-            value = np.array(value, np.float32 if isinstance(value, float) else np.int32)
-        arrays.append(np.ascontiguousarray(value.reshape(-1)))
+        plain = np.float32 if isinstance(value, float) else np.int32
+        array = value if isinstance(value, np.ndarray) else np.array(value, plain)
+        arrays.append(np.ascontiguousarray(array.reshape(-1)))
     held = (Field * max(1, len(arrays)))()
     for field, name, array in zip(held, attributes, arrays, strict=False):
         field.name, field.data = name.encode(), array.ctypes.data
@@ -127,7 +137,7 @@ def compile_host(source: Path, directory: Path) -> Path:
 
 
 class Memory:
-    """Arrays where a backend's kernels reach them, with 4 KB behind each that must stay untouched."""
+    """Arrays where kernels reach them, with 4 KB behind each that must stay untouched."""
 
     def __init__(self, *, on_gpu: bool) -> None:
         self.on_gpu = on_gpu

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A host for plugins without TensorRT: loads a plugin library as TensorRT's registry does and drives each plugin
-// through its life, behind a C ABI for ctypes. Dimension expressions are evaluated at once; a size is constant if it was made of constants.
-// Handles are pointers; a null one is an error of the test.
+// A host for plugins without TensorRT: loads a plugin library as TensorRT's registry does and
+// drives each plugin through its life, behind a C ABI for ctypes. Dimension expressions are
+// evaluated at once; a size is constant if it was made of constants. Handles are pointers; a null
+// one is an error of the test.
 #include <dlfcn.h>
 
 #include <algorithm>

@@ -10,12 +10,12 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
-from tests.plugins.harness import Host
 
 from quarot_onnx import ops
 from quarot_onnx.hadamard import hadamard_matrix
 from quarot_onnx.plugins import layouts
 from quarot_onnx.plugins.layouts import Layout
+from tests.plugins.harness import Host
 
 FLOATS = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 PACKED, SPLIT = int(Layout.ACTIVATIONS_PACKED_V1), int(Layout.ACTIVATIONS_SPLIT_V1)
@@ -191,9 +191,7 @@ def test_append_drops_what_is_beyond_the_capacity(host: Host) -> None:
     new = draw((1, 2, 8, 64), FLOATS[0])
     present = host.run("KvAppend", {}, [new, *empty_cache(1, 2, 8, 64), np.array([5], np.int32)])
     codes, _, _ = ops.quantize_kv(new)
-    np.testing.assert_array_equal(
-        present[0][:, :, 5:].view(np.uint8), ops.pack_kv(codes)[:, :, :3]
-    )
+    np.testing.assert_array_equal(present[0][:, :, 5:].view(np.uint8), ops.pack_kv(codes)[:, :, :3])
 
 
 def test_append_refuses_a_cache_that_is_not_in_place(host: Host) -> None:
@@ -263,7 +261,11 @@ def test_append_and_attention_agree_on_the_length(host: Host) -> None:
     start = [np.zeros((1, 2, 0, 32), np.uint8), *(np.zeros((1, 2, 0, 1), np.float32),) * 2]
     causal = np.tril(np.ones((5, 5), bool))[None, None]
     expected = ops.kv_attention(
-        q.astype(np.float32), *ops.kv_append(k, *start), *ops.kv_append(v, *start), causal, scale=0.1
+        q.astype(np.float32),
+        *ops.kv_append(k, *start),
+        *ops.kv_append(v, *start),
+        causal,
+        scale=0.1,
     )
     expected = expected.transpose(0, 2, 1, 3).reshape(1, 5, -1)
     np.testing.assert_allclose(y.astype(np.float32), expected, atol=2e-2)

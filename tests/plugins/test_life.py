@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.plugins import harness
-from tests.plugins.harness import BF16, BOOL, FLOAT, HALF, INT8, INT32, Host
 
 from quarot_onnx.plugins.layouts import Layout
+from tests.plugins import harness
+from tests.plugins.harness import BF16, BOOL, FLOAT, HALF, INT8, INT32, Host
 
 FRAGMENTS = int(Layout.WEIGHTS_FRAGMENTS_V1)
 PACKED, SPLIT = int(Layout.ACTIVATIONS_PACKED_V1), int(Layout.ACTIVATIONS_SPLIT_V1)
@@ -216,9 +216,7 @@ def test_types_and_formats_are_those_of_the_table(host: Host, name) -> None:
             ), (position, code)
         dynamic = plugin.dynamic_tensors(tensors)
         dynamic[position].desc.format = 1
-        assert not host.abi.plugin_supports(
-            plugin.handle, position, dynamic, len(types), len(made)
-        )
+        assert not host.abi.plugin_supports(plugin.handle, position, dynamic, len(types), len(made))
 
 
 def test_float32_is_refused_by_name(host: Host) -> None:
@@ -280,8 +278,10 @@ fuzzed = settings(
 )
 names = st.sampled_from(sorted(SMALLEST))
 field_names = st.sampled_from(
-    ["bits", "clip_ratio", "factors", "heads", "activation_layout", "weight_layout", "dtype"]
-    + ["rotate", "scale", "plugin_version", "", "\xff"]
+    [
+        *("bits", "clip_ratio", "factors", "heads", "activation_layout", "weight_layout", "dtype"),
+        *("rotate", "scale", "plugin_version", "", "\xff"),
+    ]
 )
 
 

@@ -129,8 +129,8 @@ print("alone", library.quarotRegisterPlugins(None))
 sys.path.insert(0, runtime)
 import tensorrt_lean_bindings as trt
 print("registered", library.quarotRegisterPlugins(None), library.quarotRegisterPlugins(None))
-names = sorted(c.name for c in trt.get_plugin_registry().all_creators if c.plugin_namespace == "quarot")
-print(names)
+creators = trt.get_plugin_registry().all_creators
+print(sorted(c.name for c in creators if c.plugin_namespace == "quarot"))
 """
     printed = run(program, lean, library_path)
     assert "alone -1" in printed
@@ -232,7 +232,9 @@ print("left", fake.fakeCreators())
 
 @pytest.mark.parametrize("protocol", ["dlopen", "load"])
 @pytest.mark.parametrize("major", [10, 11])
-def test_messages_reach_the_logger_of_either_version(tmp_path, library_path, major, protocol) -> None:
+def test_messages_reach_the_logger_of_either_version(
+    tmp_path, library_path, major, protocol
+) -> None:
     fake = tmp_path / f"libnvinfer.so.{major}"
     here, headers = Path(__file__).parent, build.source_directory() / "trt"
     command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
