@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: .venv/.ready .venv/tensorrt/lean-10 .venv/tensorrt/lean-11 ## Make .venv with the pinned versions (CPU)
+setup: .venv/.ready ## Make .venv with the pinned versions (CPU)
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,7 +23,12 @@ setup: .venv/.ready .venv/tensorrt/lean-10 .venv/tensorrt/lean-11 ## Make .venv 
 .venv/tensorrt/lean-%: tests/plugins/runtimes/lean-%.txt .venv/.ready
 	@rm -rf $@
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ --requirement $< && touch $@ || \
-	  echo "setup: no TensorRT lean runtime $* from the package index; the tests that load the plugins into it will be skipped"
+	  echo "test: no TensorRT lean runtime $* from the package index; the tests that load the plugins into it will be skipped"
+
+.venv-triton/.ready: constraints-triton.txt
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/pip install --quiet --disable-pip-version-check --requirement constraints-triton.txt && touch $@ \
+	  || echo "no Triton server here: the tests that need one will be skipped and say so"
 
 demo: setup ## Export, validate, evaluate and run the embedded model; write out/demo/report.html
 	@mkdir -p $(DEMO)
@@ -40,7 +45,7 @@ plugins: setup ## Build build/plugins/libquarot_plugins.so with nvcc (ARCHS="80 
 plugins-cpu: setup ## Build build/plugins/libquarot_plugins_cpu.so: the same plugins on emulated kernels, with g++
 	@$(BIN)/python -m quarot_onnx.plugins.build plugins-cpu
 
-test: setup ## Run the tests (CPU, offline); the mutation tests are `make mutations`
+test: setup .venv-triton/.ready .venv/tensorrt/lean-10 .venv/tensorrt/lean-11 ## Run the tests (CPU, offline); the mutation tests are `make mutations`
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
 mutations: setup ## Plant bugs in the kernels and see the tests catch them
@@ -59,4 +64,4 @@ format: setup ## Let ruff format the code
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove what was built
-	rm -rf .venv out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-triton out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
