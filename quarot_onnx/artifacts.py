@@ -7,9 +7,8 @@ every pass and the sha256 of every file. A crash or a full disk leaves nothing u
 """
 
 import errno
-import hashlib
-import importlib.metadata
-import json
+import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -17,20 +16,41 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import onnx_ir as ir
 
-from quarot_onnx.errors import InputError, ResourceError, UsageError
+from quarot_onnx.errors import ResourceError, UsageError
+from quarot_onnx.manifest import (
+    DATA,
+    FORMAT_VERSION,
+    MANIFEST,
+    MODEL,
+    changed_files,
+    load_manifest,
+    save_manifest,
+    sha256,
+)
 from quarot_onnx.weights import Weight
 
-FORMAT_VERSION = 1
-MODEL, DATA, MANIFEST = "model.onnx", "model.onnx_data", "manifest.json"
+__all__ = [
+    "DATA",
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "MODEL",
+    "Progress",
+    "changed_files",
+    "load_manifest",
+    "publish",
+    "require_space",
+    "save_manifest",
+    "save_model",
+    "sha256",
+]
 
 _INLINE_BYTES = 1024  # smaller tensors stay in model.onnx
 _PAGE = 4096
 _PAGE_ALIGNED_BYTES = 1 << 20
-_PACKAGES = ("quarot-onnx", "numpy", "onnx", "onnx-ir", "torch", "transformers")
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes in all."""
@@ -41,10 +61,15 @@ def publish(target: Path, *, force: bool = False) -> Iterator[Path]:
     """A directory to fill; on success it becomes `target`, otherwise nothing is left.
 
     Raises:
-        UsageError: `target` exists and is not empty (unless `force` and it is an artifact of ours).
+        UsageError: `target` exists and is not empty (unless `force` and it is an artifact of ours),
+            or another process is writing it.
         ResourceError: no space, or no permission to write there.
     """
     target = target.resolve()  # "." and a link have no name of their own to build beside
+    try:
+        _take_over(target)
+    except OSError as error:
+        raise _resource_error(error, target) from error
     _check_target(target, force=force)
     unique = f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}"
     staging, replaced = (target.with_name(f"{unique}.{kind}") for kind in ("partial", "replaced"))
@@ -53,9 +78,11 @@ def publish(target: Path, *, force: bool = False) -> Iterator[Path]:
         signal.signal(signal.SIGTERM, _terminate)
     except ValueError:  # not the main thread: the caller handles its signals
         previous_handler = None
+    lock = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
+        lock = _locked(staging)
         yield staging
         if target.exists():
             target.rename(replaced)
@@ -69,8 +96,43 @@ def publish(target: Path, *, force: bool = False) -> Iterator[Path]:
         raise _resource_error(error, target) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
         if previous_handler is not None:
             signal.signal(signal.SIGTERM, previous_handler)
+
+
+def _take_over(target: Path) -> None:
+    """Put back or remove what a process that was killed has left beside `target`.
+
+    Raises:
+        UsageError: another process is writing `target`.
+    """
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        if left.suffix == ".partial" and left.is_dir():
+            lock = _locked(left)
+            if lock is None:
+                raise UsageError(
+                    f"{target}: another export is writing it; wait, or choose another directory"
+                )
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.replaced"):
+        if target.exists():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.rename(target)
+
+
+def _locked(directory: Path) -> int | None:
+    """A descriptor that holds the lock on `directory` while it is open; None where another does."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -191,65 +253,3 @@ def _external(
         name=value.name or "",
         base_dir=directory,
     )
-
-
-def save_manifest(directory: Path, content: dict[str, Any]) -> None:
-    """Write ``manifest.json``: `content`, the versions, and the sha256 of every other file."""
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "packages": {name: _version(name) for name in _PACKAGES},
-        **content,
-        "files": {
-            path.relative_to(directory).as_posix(): sha256(path)
-            for path in sorted(directory.rglob("*"))
-            if path.is_file() and path.name != MANIFEST
-        },
-    }
-    text = json.dumps(manifest, indent=2, ensure_ascii=False, sort_keys=True)
-    (directory / MANIFEST).write_text(f"{text}\n", encoding="utf-8")
-
-
-def load_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of an artifact.
-
-    Raises:
-        InputError: `directory` is not an artifact, or of a format this version does not read.
-    """
-    path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{directory}: no {MANIFEST}; give a directory that `quarot-onnx export` wrote"
-        ) from error
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: is damaged ({error}); export again") from error
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: format version {version!r}, this quarot-onnx reads {FORMAT_VERSION}; "
-            "export again"
-        )
-    return dict(manifest)
-
-
-def changed_files(directory: Path, manifest: dict[str, Any]) -> list[str]:
-    """The files that are missing or differ from the manifest."""
-    return [
-        name
-        for name, digest in manifest.get("files", {}).items()
-        if not (directory / name).is_file() or sha256(directory / name) != digest
-    ]
-
-
-def sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

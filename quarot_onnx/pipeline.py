@@ -21,7 +21,7 @@ import onnx_ir.passes.common as common_passes
 
 from quarot_onnx import artifacts
 from quarot_onnx.calibration import Calibration, Journal
-from quarot_onnx.certificate import Certificate, Certifier
+from quarot_onnx.certificate import Certificate, Certifier, Restate
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UsageError
 from quarot_onnx.export.checkpoint import Checkpoint
@@ -29,6 +29,7 @@ from quarot_onnx.export.huggingface import COMPANIONS, onnx_from_huggingface
 from quarot_onnx.export.polygraphy_run import save_polygraphy
 from quarot_onnx.passes import Effect, Report, pipeline, untie_embeddings
 from quarot_onnx.recipe import Recipe
+from quarot_onnx.weights import Float64
 
 DTYPES = {
     "float32": ir.DataType.FLOAT,
@@ -48,6 +49,7 @@ class Rewritten:
         reports: what each pass did, in order.
         certificates: of each equivalent pass, by its name; empty where nothing was certified.
         seconds: that the passes took, certificates apart.
+        restated: what the passes did to the residual stream, in order.
     """
 
     model: ir.Model
@@ -55,6 +57,13 @@ class Rewritten:
     reports: tuple[Report, ...]
     certificates: dict[str, tuple[Certificate, ...]]
     seconds: float
+    restated: tuple[Restate, ...]
+
+    def state(self, x: Float64) -> Float64:
+        """The residual stream x [..., hidden_size] of the original model as it is in this one."""
+        for restate in self.restated:
+            x = restate(x)
+        return x
 
 
 def rewrite(
@@ -110,7 +119,8 @@ def rewrite(
     _sort_initializers(model)
     model.metadata_props["quarot.recipe"] = recipe.name
     model.metadata_props["quarot.seed"] = str(recipe.seed)
-    return Rewritten(model, decoder, tuple(reports), certificates, seconds)
+    restated = tuple(apply.restate for apply in passes if apply.restate is not None)
+    return Rewritten(model, decoder, tuple(reports), certificates, seconds, restated)
 
 
 def _sort_initializers(model: ir.Model) -> None:

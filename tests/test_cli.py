@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
 import subprocess
 import sys
 import time
@@ -122,7 +123,7 @@ def test_a_dry_run_does_not_import_torch(hugging_face: HuggingFace, tmp_path: Pa
         (("export", "nowhere", "out"), 3, "no such directory"),
         (("export", "MODEL", "out", "--recipe", "w4a4kv"), 2, "did you mean 'w4a4kv4'"),
         (("export", "MODEL", "out", "--set", "weigths.bits=4"), 2, "did you mean weights.bits"),
-        (("export", "MODEL", "out", "--set", "weights.bits=5"), 2, "4, 6, 8 or 16"),
+        (("export", "MODEL", "out", "--set", "weights.bits=9"), 2, "7, 8 or 16"),
         (("export", "MODEL", "out", "--set", "weights.bits"), 2, "not KEY=VALUE"),
         (("inspect", "MODEL"), 3, "manifest.json"),
         (("generate", "MODEL", "-p", "x"), 3, "manifest.json"),
@@ -163,6 +164,7 @@ def test_inspect_shows_bits_and_rotations(run: Run, exported: Exported) -> None:
     head = [row for row in found["linears"] if row["layer"] is None]
     assert [(row["name"], row["weight_bits"]) for row in head] == [("lm_head", 32)]
     table = run("inspect", artifact)
+    assert re.search(r"R1 +residual stream +fused +randomized", table.out)
     assert "layer 0 (of 3)" in table.out
     assert "past_key_values.0.key_scale" in table.out
 

@@ -7,9 +7,7 @@ memory-mapped: codes of a large model never lie in memory all at once.
 
 import json
 import os
-import shutil
 import tempfile
-import weakref
 from pathlib import Path
 from typing import Any
 

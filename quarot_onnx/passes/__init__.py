@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The passes, one per file, and their order: `pipeline` reads like the paper."""
 
+from dataclasses import asdict
+
 from quarot_onnx.calibration import Calibration, Journal, Progress
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.hadamard import plan
@@ -62,7 +64,7 @@ def pipeline(
                 )
             )
         else:
-            passes.append(QuantizeWeightsPass(decoder, weights.form))
+            passes.append(QuantizeWeightsPass(decoder, **asdict(weights.form)))
     if (activations := recipe.activations).bits < 16:
         passes.append(
             QuantizeActivationsPass(

@@ -62,11 +62,11 @@ class CalibrateWeightsPass(Pass):
             else:
                 for linear in run.layer.linears:
                     self._hold(linear)
+                ops.declare(self.decoder.model)
             for record in finished["linears"]:
                 records.append(record)
                 if record["tokens"] < _FEW_TOKENS:
                     skipped.setdefault(_FEW, []).append(record["site"])
-        ops.declare(self.decoder.model)
         detail = f"{self.weights.form.describe()}, {self.weights.method}"
         return self.report(len(self.decoder.linears), detail, skipped, records)
 
@@ -80,6 +80,7 @@ class CalibrateWeightsPass(Pass):
                 record = self._round(linear, hessian, tokens)
                 record["seconds"] = round(time.perf_counter() - started, 3)
                 records.append(record)
+            ops.declare(self.decoder.model)  # the next level runs through what this one is now
         return records
 
     def _round(self, linear: Linear, hessian: Float64, tokens: int) -> dict[str, Any]:

@@ -31,9 +31,17 @@ class QuantizeWeightsPass(Pass):
 
     effect = Effect.LOSSY
 
-    def __init__(self, decoder: Decoder, form: Form) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        bits: int,
+        clip_search: bool,
+        symmetric: bool = True,
+        group_size: int = 0,
+    ) -> None:
         super().__init__(decoder)
-        self.form = form
+        self.form = Form(bits, symmetric, group_size, clip_search)
 
     def rewrite(self) -> Report:
         """Quantize every linear of every layer."""

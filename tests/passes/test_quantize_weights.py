@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized weights: the product is that of codes times scales, in the float dtype."""
 
+from dataclasses import asdict
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -16,7 +18,7 @@ from tests.small_decoder import assert_golden, located, logits, refused, text
 
 
 def _quantize(decoder: Decoder, bits: int = 4, clip_search: bool = True) -> QuantizeWeightsPass:
-    return QuantizeWeightsPass(decoder, Form(bits, clip_search=clip_search))
+    return QuantizeWeightsPass(decoder, bits=bits, clip_search=clip_search)
 
 
 def test_golden() -> None:
@@ -59,7 +61,7 @@ def test_groups_and_zero_points_say_the_same_as_the_rounded_weights(form) -> Non
         rounded = nearest(linear.weight.float64(), form).values()
         linear.weight.compose(0, lambda _, rounded=rounded: rounded)
     decoder = located()
-    QuantizeWeightsPass(decoder, form)()
+    QuantizeWeightsPass(decoder, **asdict(form))()
     linear = decoder.layers[0].mlp.down
     assert linear.node.op_type == "WeightOnlyGemmGroups"
     codes, scale, zero = linear.node.inputs[1:]
