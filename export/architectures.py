@@ -23,10 +23,13 @@ SUPPORTED = (
     "gpt_neox",
     "llama",
     "mistral",
+    "mixtral",
     "opt",
     "phi3",
     "qwen2",
+    "qwen2_moe",
     "qwen3",
+    "qwen3_moe",
 )
 """Values of ``model_type`` in config.json."""
 
@@ -186,10 +189,30 @@ def _check_heads(path: Path, heads: int, kv_heads: Any) -> None:
         )
 
 
-def layer_kinds(config: "transformers.PretrainedConfig") -> list[str]:
-    """What distinguishes each layer's graph, first to last; equal kinds are clones."""
-    types = getattr(config, "layer_types", None)
-    return list(types) if types else ["full_attention"] * config.num_hidden_layers
+def layer_kinds(config: "transformers.PretrainedConfig") -> list[tuple[str, str]]:
+    """What distinguishes each layer's graph, first to last; equal kinds are clones.
+
+    A kind is the reach of its attention, and the form of its feed-forward.
+    """
+    count = config.num_hidden_layers
+    types = getattr(config, "layer_types", None) or ["full_attention"] * count
+    return list(zip(types, _feed_forwards(vars(config), count), strict=True))
+
+
+def _feed_forwards(raw: Mapping[str, Any], layers: int) -> list[str]:
+    """For each layer whether its feed-forward is ``dense`` or ``experts``."""
+    if not num_experts(raw):
+        return ["dense"] * layers
+    dense, step = raw.get("mlp_only_layers") or [], raw.get("decoder_sparse_step", 1)
+    return [
+        "dense" if index in dense or (index + 1) % step else "experts" for index in range(layers)
+    ]
+
+
+def num_experts(raw: Mapping[str, Any]) -> int:
+    """How many experts a layer has, 0 where there are none."""
+    key = _key(raw, ("num_local_experts", "num_experts"))
+    return int(raw.get(key) or 0)
 
 
 def shallow(
@@ -201,5 +224,8 @@ def shallow(
     reduced = copy.deepcopy(config)
     reduced.num_hidden_layers = len(distinct)
     if getattr(config, "layer_types", None):
-        reduced.layer_types = distinct
+        reduced.layer_types = [attention for attention, _ in distinct]
+    if hasattr(config, "mlp_only_layers"):
+        reduced.decoder_sparse_step = 1
+        reduced.mlp_only_layers = [i for i, (_, form) in enumerate(distinct) if form == "dense"]
     return reduced, [distinct.index(kind) for kind in kinds]
