@@ -340,8 +340,8 @@ def feature_parts(fused: Fused) -> Iterator[tuple[ir.Node, int, Rows]]:
                 rows = Rows(fused.features, start, start + output.shape[-1])
                 found.append((user, position, rows))
                 start += output.shape[-1]
-        elif (rows := _sliced(user, rank, fused.features)) is not None:
-            found.append((user, 0, rows))
+        elif (taken := _sliced(user, rank, fused.features)) is not None:
+            found.append((user, 0, taken))
         else:
             return
     yield from sorted(found, key=lambda part: part[2].start)

@@ -111,9 +111,9 @@ def _bind_weights(model: ir.Model, stored: "StoredNames", dtype: ir.DataType) ->
             )
         if how.index is not None and source.index is None and source.rows is None:
             model.graph.initializers.pop(name)
-            name = value.name = entry.name
-            model.graph.initializers[name] = value
-        weight = Weight(name, source, dtype)
+            value.name = entry.name
+            model.graph.initializers[entry.name] = value
+        weight = Weight(value.name or "", source, dtype)
         if how.addend:
             weight.compose(0, partial(np.add, how.addend))
         value.const_value = weight

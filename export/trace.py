@@ -169,7 +169,8 @@ def _experts(
             "choose a model without"
         )
     back = _rows(y, _argsort(order)).reshape(-1, chosen, y.shape[-1])
-    return (back * share[..., None]).sum(dim=1)
+    total: torch.Tensor = (back * share[..., None]).sum(dim=1)
+    return total
 
 
 class _MarkerLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # untyped in transformers

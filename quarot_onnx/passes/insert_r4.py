@@ -5,9 +5,9 @@
     after:   y = (x H) @ (H.T @ W)          since H H.T = I (H need not be symmetric)
 
 The function does not change. The input of down_proj is a product of activations, which no offline
-rotation can reach; it has the largest outliers of a layer (QuaRot, section 3, stage 1a). The experts
-of a mixture have one size and one H, so that one node turns the rows of all of them before they are
-grouped; every expert's weight takes the inverse.
+rotation can reach; it has the largest outliers of a layer (QuaRot, section 3, stage 1a). The
+experts of a mixture have one size and one H: one node turns the rows of all of them before they are
+grouped, and every expert's weight takes the inverse.
 """
 
 from functools import partial

@@ -5,8 +5,8 @@
     after:   y = (x @ codes) * scale          codes = clip(round(W / scale))
 
 Lossy: ``|W - codes * scale| <= scale / 2`` inside the clip. The product is a ``WeightOnlyGemm``,
-exact in float32. The head, the embedding and the routers of experts stay float (QuaRot, section 4): a router is
-small, and a token that goes to another expert is not a rounding error.
+exact in float32. The head, the embedding and the routers of experts stay float (QuaRot,
+section 4): a router is small, and a token that goes to another expert is not a rounding error.
 """
 
 from functools import partial
