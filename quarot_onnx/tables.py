@@ -129,6 +129,11 @@ def show_evaluation(content: dict[str, Any]) -> None:
     )
     for name, removed in content.get("damage_removed", {}).items():
         print(f"{removed:.1%} of the damage is removed, in log-perplexity against: {labels[name]}")
+    if agreed := content.get("agreement"):
+        print(
+            f"against fp32: KL divergence {agreed['kl_divergence']:.4g} nats per token, "
+            f"top-1 agreement {agreed['top1_agreement']:.1%}"
+        )
     if decode := content.get("decode"):
         print(
             f"token by token through the cache: perplexity {decode['perplexity']:.3f}, "
