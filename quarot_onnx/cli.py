@@ -233,11 +233,12 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, one token at a time through the quantized cache."""
+    from quarot_onnx import generation  # noqa: PLC0415
     from quarot_onnx import runtime as run  # noqa: PLC0415
 
     model = run.OnnxModel(artifact, runtime=runtime, threads=threads)
     tokenizer = run.load_tokenizer(artifact)
-    ids = run.generate(
+    ids = generation.generate(
         model,
         tokenizer.encode(prompt),
         max_new_tokens=max_new_tokens,
@@ -255,6 +256,36 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+@app.command()
+def triton(
+    artifact: Artifact,
+    repository: Annotated[Path, typer.Argument(help="Where the repository goes; created.")],
+    name: Annotated[
+        str | None, typer.Option(help="The model's name; the artifact's directory by default.")
+    ] = None,
+    runtime: Runtime = "ort-cpu",
+    threads: Threads = None,
+    max_streams: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that wait, at most.")] = 256,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing one.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model repository for Triton Inference Server."""
+    from quarot_onnx.export.triton import triton_from_artifact  # noqa: PLC0415
+
+    manifest = triton_from_artifact(
+        artifact,
+        repository,
+        name=name,
+        runtime=runtime,
+        threads=threads,
+        max_streams=max_streams,
+        max_waiting=max_waiting,
+        force=force,
+    )
+    _emit(manifest, as_json, lambda: tables.show_repository(repository, manifest))
 
 
 @app.command()

@@ -199,3 +199,11 @@ def _table(title: str, columns: list[str], rows: list[list[str]], numeric: int =
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     Console(highlight=False).print(table)
+
+
+def show_repository(repository: Path, manifest: dict[str, Any]) -> None:
+    """What was written and how to start it."""
+    settings = ", ".join(f"{key} {value}" for key, value in manifest["parameters"].items())
+    print(f"wrote {repository}: model {manifest['model']} ({settings})")
+    print(f"next: {repository}/run.sh")
+    print(f'      {repository}/client.py "Once upon a time" --model {manifest["model"]}')
