@@ -80,7 +80,8 @@ def observe(artifact: Path, tokens: Ids, *, threads: int | None = None) -> Itera
         ir.to_proto(model).SerializeToString(), threads=threads, data_directory=artifact.absolute()
     )
     feeds = {name: array for name, array in feeds.items() if name in kept}
-    widest = max(int(v.shape[-1]) for v in values if v.shape is not None and _is_known(v.shape[-1]))
+    sizes = [value.shape[-1] for value in values if value.shape is not None]
+    widest = max((size for size in sizes if isinstance(size, int)), default=1)
     at_once = max(1, _HELD_BYTES // (4 * tokens.size * widest * 8))
     for start in range(0, len(places), at_once):
         part = places[start : start + at_once]
@@ -90,10 +91,6 @@ def observe(artifact: Path, tokens: Ids, *, threads: int | None = None) -> Itera
             state = _rows(next(outputs))
             found = {name: _rows(next(outputs)) for name in sites}
             yield Observed(start + offset, state, found)
-
-
-def _is_known(size: Any) -> bool:
-    return isinstance(size, int)
 
 
 _Place = tuple[ir.Value, dict[str, ir.Value]]
