@@ -20,7 +20,7 @@ from quarot_onnx import ops
 from quarot_onnx.calibration import Calibration, Journal, LayerRun, Progress, walk
 from quarot_onnx.decoder import Decoder, Linear
 from quarot_onnx.passes.base import Effect, Pass, Report
-from quarot_onnx.passes.quantize_weights import hold_codes, stored
+from quarot_onnx.passes.quantize_weights import float_routers, hold_codes, stored
 from quarot_onnx.quantizers.gptq import gptq, output_power
 from quarot_onnx.quantizers.grid import Codes, nearest
 from quarot_onnx.recipe import Weights
@@ -53,7 +53,7 @@ class CalibrateWeightsPass(Pass):
     def rewrite(self) -> Report:
         """Quantize every linear of every layer; finished layers are taken from the journal."""
         records: list[dict[str, Any]] = []
-        skipped: dict[str, list[str]] = {}
+        skipped = float_routers(self.decoder)
         for run in walk(self.decoder, self.calibration, progress=self.progress):
             finished = self.journal.record(run.layer.index)
             if finished is None:

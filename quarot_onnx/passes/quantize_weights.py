@@ -5,8 +5,9 @@
     after:   y = (x @ codes) * scale          codes = clip(round(W / scale))
 
 Lossy: ``|W - codes * scale| <= scale / 2`` inside the clip. The product is a ``WeightOnlyGemm``,
-exact in float32; with groups or zero points a ``WeightOnlyGemmGroups``. The head and the embedding
-stay float (QuaRot, section 4).
+exact in float32; with groups or zero points a ``WeightOnlyGemmGroups``. The head, the embedding
+and the routers of experts stay float (QuaRot, section 4): a router is small, and a token that goes
+to another expert is not a rounding error.
 """
 
 from collections.abc import Callable
@@ -49,7 +50,17 @@ class QuantizeWeightsPass(Pass):
             quantized = _lazily(linear, self.form)
             hold_codes(self.decoder, linear, quantized.tensors)
         ops.declare(self.decoder.model)
-        return self.report(len(self.decoder.linears), f"{self.form.describe()}, round to nearest")
+        return self.report(
+            len(self.decoder.linears),
+            f"{self.form.describe()}, round to nearest",
+            float_routers(self.decoder),
+        )
+
+
+def float_routers(decoder: Decoder) -> dict[str, list[str]]:
+    """What a report says of the routers of experts, where there are any."""
+    routers = [router.name for layer in decoder.layers for router in layer.routers]
+    return {"routers stay float": routers} if routers else {}
 
 
 def _lazily(linear: Linear, form: Form) -> QuantizedWeight:
