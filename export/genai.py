@@ -55,11 +55,11 @@ def genai_config(model: ir.Model, config: Any, generation: dict[str, Any]) -> di
             "decoder": {
                 "filename": MODEL,
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "head_size": int(key.shape[3]),
+                "head_size": key.shape[3],
                 "hidden_size": config.hidden_size,
                 "num_attention_heads": config.num_attention_heads,
                 "num_hidden_layers": config.num_hidden_layers,
-                "num_key_value_heads": int(key.shape[1]),
+                "num_key_value_heads": key.shape[1],
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",
