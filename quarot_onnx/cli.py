@@ -101,6 +101,13 @@ def export(
     settings: Settings = None,
     dtype: Dtype = "float32",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
+    certify: Annotated[
+        bool,
+        typer.Option(
+            "--certify/--no-certify",
+            help="Measure what each rotation changed; costs about as much as the export.",
+        ),
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, sizes and memory; write nothing.")
     ] = False,
@@ -121,7 +128,13 @@ def export(
 
     with _progress("writing weights") as progress:
         manifest = run_export(
-            model_dir, out_dir, resolved, dtype=dtype, force=force, progress=progress
+            model_dir,
+            out_dir,
+            resolved,
+            dtype=dtype,
+            force=force,
+            certify=certify,
+            progress=progress,
         )
     _emit(manifest, as_json, lambda: tables.show_manifest(out_dir, manifest))
 
@@ -220,11 +233,12 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, one token at a time through the quantized cache."""
+    from quarot_onnx import generation  # noqa: PLC0415
     from quarot_onnx import runtime as run  # noqa: PLC0415
 
     model = run.OnnxModel(artifact, runtime=runtime, threads=threads)
     tokenizer = run.load_tokenizer(artifact)
-    ids = run.generate(
+    ids = generation.generate(
         model,
         tokenizer.encode(prompt),
         max_new_tokens=max_new_tokens,
@@ -242,6 +256,36 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+@app.command()
+def triton(
+    artifact: Artifact,
+    repository: Annotated[Path, typer.Argument(help="Where the repository goes; created.")],
+    name: Annotated[
+        str | None, typer.Option(help="The model's name; the artifact's directory by default.")
+    ] = None,
+    runtime: Runtime = "ort-cpu",
+    threads: Threads = None,
+    max_streams: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that wait, at most.")] = 256,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing one.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model repository for Triton Inference Server."""
+    from quarot_onnx.export.triton import triton_from_artifact  # noqa: PLC0415
+
+    manifest = triton_from_artifact(
+        artifact,
+        repository,
+        name=name,
+        runtime=runtime,
+        threads=threads,
+        max_streams=max_streams,
+        max_waiting=max_waiting,
+        force=force,
+    )
+    _emit(manifest, as_json, lambda: tables.show_repository(repository, manifest))
 
 
 @app.command()
@@ -298,9 +342,9 @@ def recipes(
 
     if name is not None:
         found = load_recipe(name)
-        _emit(found.model_dump(), as_json, lambda: sys.stdout.write(preset_text(name)))
+        _emit(found.as_json(), as_json, lambda: sys.stdout.write(preset_text(name)))
         return
-    presets = [load_recipe(preset).model_dump() for preset in preset_names()]
+    presets = [load_recipe(preset).as_json() for preset in preset_names()]
     _emit(presets, as_json, lambda: tables.show_recipes(presets))
 
 

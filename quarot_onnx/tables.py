@@ -12,8 +12,15 @@ def show_recipes(recipes: list[dict[str, Any]]) -> None:
     """The presets and what they do."""
     _table(
         "Recipes",
-        ["recipe", "what it does"],
-        [[recipe["name"], recipe["description"]] for recipe in recipes],
+        ["recipe", "what it does", "runs in"],
+        [
+            [
+                recipe["name"],
+                recipe["description"],
+                ", ".join(t["name"] for t in recipe["targets"] if not t["reasons"]),
+            ]
+            for recipe in recipes
+        ],
     )
 
 
@@ -70,12 +77,14 @@ def show_manifest(out_dir: Path, manifest: dict[str, Any]) -> None:
     for entry in manifest["passes"]:
         skipped = "; ".join(f"skipped {len(at)}: {why}" for why, at in entry["skipped"].items())
         detail = "; ".join(part for part in (entry["detail"], skipped) if part)
-        rows.append([entry["name"], entry["effect"], detail, str(entry["sites"])])
+        found = {c["dtype"]: f"{c['worst']:.1e}" for c in entry.get("certificates", ())}
+        measured = [found.get("float64", ""), found.get("float32", "")]
+        rows.append([entry["name"], entry["effect"], detail, str(entry["sites"]), *measured])
     _table(
-        f"Recipe {manifest['recipe']['name']}",
-        ["pass", "effect", "detail", "sites"],
+        f"Recipe {manifest['recipe']['name']}; fp64, fp32: deviation from the float model",
+        ["pass", "effect", "detail", "sites", "fp64", "fp32"],
         rows,
-        numeric=1,
+        numeric=3,
     )
     size = sum((out_dir / name).stat().st_size for name in manifest["files"])
     print(f"wrote {out_dir}: {_size(size)}")
@@ -185,3 +194,11 @@ def _table(title: str, columns: list[str], rows: list[list[str]], numeric: int =
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     Console(highlight=False).print(table)
+
+
+def show_repository(repository: Path, manifest: dict[str, Any]) -> None:
+    """What was written and how to start it."""
+    settings = ", ".join(f"{key} {value}" for key, value in manifest["parameters"].items())
+    print(f"wrote {repository}: model {manifest['model']} ({settings})")
+    print(f"next: {repository}/run.sh")
+    print(f'      {repository}/client.py "Once upon a time" --model {manifest["model"]}')

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The passes, one per file, and their order: `pipeline` reads like the paper."""
 
+from quarot_onnx.calibration import Calibration
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.hadamard import plan
 from quarot_onnx.passes.base import Effect, Pass, Report
@@ -21,8 +22,13 @@ from quarot_onnx.rotation import Rotation
 __all__ = ["Effect", "Pass", "Report", "pipeline", "untie_embeddings"]
 
 
-def pipeline(recipe: Recipe, decoder: Decoder) -> list[Pass]:
-    """The passes of `recipe`, in order, for a decoder whose embeddings are untied."""
+def pipeline(
+    recipe: Recipe, decoder: Decoder, calibration: Calibration | None = None
+) -> list[Pass]:
+    """The passes of `recipe`, in order, for a decoder whose embeddings are untied.
+
+    A pass that has to look at data gets `calibration`, which is all that it may look at.
+    """
     rotations, seed = recipe.rotations, recipe.seed
     attention = decoder.layers[0].attention
     passes: list[Pass] = []

@@ -2,12 +2,14 @@
 """What every pass is: a declared effect, a check of all sites, a rewrite, a report."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UnsupportedModelError
+from quarot_onnx.weights import Float64
 
 APPLIED = "quarot.passes"
 """Model metadata: the passes applied so far, in order."""
@@ -32,6 +34,8 @@ class Report:
         sites: how many places it changed.
         detail: one phrase for a person, such as the matrix that was used.
         skipped: reason -> places that were left alone for it.
+        records: what was decided or measured, one entry per site: ``site`` names it, the other
+            keys are the pass's own.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Report:
     sites: int
     detail: str = ""
     skipped: dict[str, list[str]] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Pass(ABC):
@@ -46,12 +51,17 @@ class Pass(ABC):
 
     Valid ONNX before, valid ONNX after. `requires` looks at every site before `rewrite` changes the
     first, so that a refused model is untouched.
+
+    Attributes:
+        restate: the residual stream [..., hidden_size] after `rewrite`, from the stream before;
+            None where it is the same.
     """
 
     effect: ClassVar[Effect]
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
+        self.restate: Callable[[Float64], Float64] | None = None
 
     @property
     def name(self) -> str:
@@ -94,7 +104,11 @@ class Pass(ABC):
             )
 
     def report(
-        self, sites: int, detail: str = "", skipped: dict[str, list[str]] | None = None
+        self,
+        sites: int,
+        detail: str = "",
+        skipped: dict[str, list[str]] | None = None,
+        records: list[dict[str, Any]] | None = None,
     ) -> Report:
         """A report with this pass's name and effect."""
-        return Report(self.name, self.effect, sites, detail, skipped or {})
+        return Report(self.name, self.effect, sites, detail, skipped or {}, records or [])
