@@ -91,7 +91,7 @@ def _attend(skeleton: Skeleton, node: Any, lengths: Any, window: int | None) -> 
     query, rotate = _rotated(skeleton, query, size, stored)
     inputs = [query, *cache, lengths]
     if window is not None:
-        inputs.append(window_mask(skeleton, window, lengths, cache[0].inputs[0].inputs[1]))
+        inputs.append(window_mask(skeleton, window, lengths, cache[1].inputs[0].inputs[2]))
     old = node.outputs[0]
     rows: list[int | str] = ["batch_size", "sequence_length"]
     y = skeleton.derive(old, "/tokens", [*rows, heads * stored])

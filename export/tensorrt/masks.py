@@ -99,7 +99,7 @@ def window_mask(skeleton: Skeleton, window: int, lengths: Any, past: Any) -> Any
         skeleton: to which the nodes are added.
         window: tokens that a query sees, itself included.
         lengths: INT32 [B], tokens in the cache before the step.
-        past: a cache [B, H, C, ...].
+        past: a FLOAT part of a cache [B, H, C, 1]; the parser takes no Shape of INT8.
     """
     name = f"/sliding_window.{window}"
     known = skeleton.graph.tensors()
