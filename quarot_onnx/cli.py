@@ -152,6 +152,10 @@ def validate(
         Path | None,
         typer.Option(help="TOML: atol, rtol and stat of each output that hosts are compared by."),
     ] = None,
+    bisect: Annotated[
+        bool,
+        typer.Option("--bisect", help="Find the first layer and tensor that leave the reference."),
+    ] = False,
     runtime: Runtime = "ort-cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -160,6 +164,9 @@ def validate(
     page: Annotated[Path | None, typer.Option("--html", help="Write a page to this file.")] = None,
 ) -> None:
     """Check an artifact against PyTorch; exit code 10 where it is worse or altered."""
+    if bisect:
+        _bisect(artifact, reference, as_json, save_json)
+        return
     from quarot_onnx.validate import formats  # noqa: PLC0415
     from quarot_onnx.validate import validate as run_validate  # noqa: PLC0415
 
@@ -182,6 +189,16 @@ def validate(
             _write(Path(summary), formats.as_markdown(content), mode="a")
     _emit(content, as_json, lambda: tables.show_verdict(content), save_json)
     verdict.require_passed()
+
+
+def _bisect(artifact: Path, reference: Path | None, as_json: bool, save_json: Path | None) -> None:
+    from quarot_onnx.validate.subject import Subject  # noqa: PLC0415
+    from quarot_onnx.validate.twin import bisect  # noqa: PLC0415
+
+    found = bisect(Subject(artifact, reference))
+    content = found.as_json()
+    _emit(content, as_json, lambda: tables.show_bisection(content), save_json)
+    found.require_followed(artifact)
 
 
 @app.command()

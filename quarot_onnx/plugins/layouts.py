@@ -253,4 +253,5 @@ def _sign_words(negative: npt.NDArray[np.bool_]) -> I32Array:
     shifts = 15 - (4 * i + 2 * high + low) + 16 * half
     weights = np.left_shift(np.uint32(1), shifts.astype(np.uint32))
     words = (bits * weights).sum(axis=(3, 4, 5, 6), dtype=np.uint32)
-    return words.reshape(-1).view(np.int32)
+    signed: I32Array = words.reshape(-1).view(np.int32)
+    return signed
