@@ -209,7 +209,9 @@ def build(
         bool, typer.Option("--onnx-only", help="Lower and lint the graph; build no engine.")
     ] = False,
     max_batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
-    max_input_len: Annotated[int, typer.Option(min=1, help="Tokens of one step.")] = 512,
+    max_input_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of one step; 512 at most by default.")
+    ] = None,
     max_seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a row: the cache.")] = 2048,
     tensorrt_version: Annotated[
         str | None,
@@ -239,7 +241,7 @@ def build(
     """Lower an artifact for TensorRT, lint it, and build its engine."""
     from quarot_onnx.export.tensorrt import engine  # noqa: PLC0415
 
-    limits = engine.Limits(max_batch, max_input_len, max_seq_len)
+    limits = engine.Limits(max_batch, max_input_len or min(512, max_seq_len), max_seq_len)
     options = engine.BuildOptions(
         onnx_only=onnx_only,
         tensorrt_version=tensorrt_version,

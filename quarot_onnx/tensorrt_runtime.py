@@ -89,7 +89,10 @@ class _Device:
 
     def _copy(self, target: int, source: int, size: int, kind: str) -> None:
         self._cuda.memcpy(
-            dst=target, src=source, nbytes=size, kind=getattr(self._kinds, kind),
+            dst=target,
+            src=source,
+            nbytes=size,
+            kind=getattr(self._kinds, kind),
             stream_ptr=self.stream,
         )
         self.synchronize()  # host arrays may go away

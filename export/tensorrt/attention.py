@@ -134,8 +134,9 @@ def _token_major(y: Any) -> Any | None:
         return None
     reshape = turned.outputs[0]
     joined = reshape.outputs[0] if reshape.op == "Reshape" else None
-    is_joined = joined is not None and joined.shape is not None and len(joined.shape) == 3
-    return joined if is_joined and joined.shape[-1] == y.shape[1] * y.shape[3] else None
+    if joined is None or joined.shape is None or len(joined.shape) != 3:
+        return None
+    return joined if joined.shape[-1] == y.shape[1] * y.shape[3] else None
 
 
 def _rotated(skeleton: Skeleton, x: Any, size: int, stored: int) -> tuple[Any, int]:

@@ -274,7 +274,8 @@ def trtexec_command(
     version: tuple[int, int],
 ) -> str:
     """The ``trtexec`` call that builds the same engine, run in the directory of ``model.onnx``."""
-    name = plugins.path.name if plugins is not None else "libquarot_plugins.so"
+    is_built = plugins is not None and plugins.backend == "cuda"
+    name = plugins.path.name if plugins is not None and is_built else "libquarot_plugins.so"
     parts = [
         "trtexec",
         f"--onnx={artifacts.MODEL}",
@@ -339,4 +340,3 @@ def load_engine_manifest(directory: Path, *, trust: bool = False) -> dict[str, A
                 "build again, or add --trust-engine if the change is yours"
             )
     return manifest
-

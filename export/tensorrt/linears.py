@@ -25,7 +25,7 @@ from quarot_onnx.export.tensorrt.kernel_shapes import (
     padded,
     takes_hadamard,
 )
-from quarot_onnx.export.tensorrt.skeleton import Skeleton
+from quarot_onnx.export.tensorrt.skeleton import Shape, Skeleton
 from quarot_onnx.plugins import layouts
 from quarot_onnx.plugins.layouts import Layout
 
@@ -118,7 +118,7 @@ def _quantize(skeleton: Skeleton, node: Any, activation_layout: Layout) -> None:
         skeleton.add("Pad", f"{node.name}/Pad", [x, pads], [longer])
         x = longer
     is_split = activation_layout == Layout.ACTIVATIONS_SPLIT_V1
-    shape = (
+    shape: Shape = (
         [wide // layouts.STEP_COLUMNS, "padded_tokens", layouts.STEP_COLUMNS]
         if is_split
         else [*x.shape[:-1], wide // 2]

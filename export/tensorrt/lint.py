@@ -17,7 +17,7 @@ from quarot_onnx import ops
 from quarot_onnx.export.tensorrt.lowering import PLUGINS
 
 MAX_OPSET = 24
-_NAMES = {
+_NAMES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "FP32",
     onnx.TensorProto.FLOAT16: "FP16",
     onnx.TensorProto.BFLOAT16: "BF16",
@@ -36,9 +36,7 @@ Creators = Mapping[str, Mapping[str, Any]]
 
 
 def parser_operators() -> dict[str, tuple[tuple[int, int], frozenset[str]]]:
-    """Operator -> the first TensorRT that imports it, and the element types it takes (all where
-    none are stated).
-    """
+    """Operator -> the first TensorRT that imports it, and its element types (any where empty)."""
     text = (files("quarot_onnx.export.tensorrt") / "parser_operators.tsv").read_text("utf-8")
     found = {}
     for line in text.splitlines():
@@ -84,7 +82,7 @@ def _types(model: onnx.ModelProto) -> tuple[dict[str, str], list[str]]:
 
 
 def _type_name(number: int) -> str:
-    return _NAMES.get(number) or onnx.TensorProto.DataType.Name(number)
+    return _NAMES.get(number) or str(onnx.TensorProto.DataType.Name(number))
 
 
 def _model_problems(model: onnx.ModelProto) -> Iterator[str]:
@@ -111,9 +109,7 @@ def _operator_problems(
             yield f"{where} is imported from TensorRT {since[0]}.{since[1]} on"
 
 
-def _plugin_problems(
-    node: onnx.NodeProto, where: str, creators: Creators | None
-) -> Iterator[str]:
+def _plugin_problems(node: onnx.NodeProto, where: str, creators: Creators | None) -> Iterator[str]:
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     wanted = {"plugin_namespace": ops.DOMAIN, "plugin_version": str(ops.VERSION)}
     for name, value in wanted.items():
@@ -155,6 +151,10 @@ def _constant_problems(model: onnx.ModelProto) -> Iterator[str]:
         for name in node.input:
             kind = kinds.get(name)
             if kind in _QUANTIZED and not takes_codes:
-                yield f"{node.name}: {name} is a constant of {kind}; it must feed its plugin directly"
+                yield (
+                    f"{node.name}: {name} is a constant of {kind}; it must feed its plugin directly"
+                )
             elif kind == "UINT8" and node.op_type not in _QUANTIZERS:
-                yield f"{node.name}: {name} is a constant of UINT8, which the parser widens to INT32"
+                yield (
+                    f"{node.name}: {name} is a constant of UINT8, which the parser widens to INT32"
+                )

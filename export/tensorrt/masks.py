@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from quarot_onnx.errors import UnsupportedModelError
-from quarot_onnx.export.tensorrt.skeleton import Skeleton
+from quarot_onnx.export.tensorrt.skeleton import Shape, Skeleton
 
 
 def sliding_window(skeleton: Skeleton, mask: str, longest: int) -> int | None:
@@ -87,7 +87,9 @@ class _Mask:
             else:  # a cache, of which only the length counts
                 feed[value.name] = np.zeros((1, 1, past, 1), np.uint8)
         (mask,) = self._run.run(None, feed)
-        return np.broadcast_to(mask, (1, 1, length, past + length))[0, 0].astype(np.bool_)
+        wide = np.broadcast_to(mask, (1, 1, length, past + length))
+        seen: NDArray[np.bool_] = wide[0, 0].astype(np.bool_)
+        return seen
 
 
 def window_mask(skeleton: Skeleton, window: int, lengths: Any, past: Any) -> Any:
@@ -143,7 +145,7 @@ def window_mask(skeleton: Skeleton, window: int, lengths: Any, past: Any) -> Any
         [steps, constant("row_axes", [1], np.int64)],
         [rows],
     )
-    shape = ["batch_size", 1, "sequence_length", 1]
+    shape: Shape = ["batch_size", 1, "sequence_length", 1]
     queries = skeleton.variable(f"{name}/queries", int32, shape)
     skeleton.add("Add", f"{name}/Add", [column, rows], [queries])
     oldest = skeleton.variable(f"{name}/before_first", int32, shape)

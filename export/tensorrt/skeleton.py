@@ -132,7 +132,9 @@ class Skeleton:
         node = gs.Node(operator, name, {**attributes, **found}, inputs, outputs, domain=ops.DOMAIN)
         self.graph.nodes.append(node)
 
-    def derive(self, tensor: Any, suffix: str, shape: Shape | None, dtype: int | None = None) -> Any:
+    def derive(
+        self, tensor: Any, suffix: str, shape: Shape | None, dtype: int | None = None
+    ) -> Any:
         """A tensor named after another, by default of the float type."""
         return self.variable(f"{tensor.name}{suffix}", dtype or self.float_type, shape)
 
@@ -157,7 +159,7 @@ class Skeleton:
         proto = gs.export_onnx(self.graph)
         proto.ir_version = self.proto.ir_version
         proto.metadata_props.extend(self.proto.metadata_props)
-        model = ir.from_proto(proto)
+        model: ir.Model = ir.from_proto(proto)
         for name, value in model.graph.initializers.items():
             held = self._stored.get(name) or self.weights.get(name)
             if held is not None:

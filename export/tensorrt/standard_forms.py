@@ -78,9 +78,7 @@ def replace_rotary_embeddings(skeleton: Skeleton) -> None:
         for part, i in ((first, 1), (second, 2)):
             for table, letter in zip(by_head, "cs", strict=True):
                 products[i, letter] = skeleton.derive(y, f"/x{i}{letter}", [*leading, half])
-                skeleton.add(
-                    "Mul", f"{name}/Mul_{i}{letter}", [part, table], [products[i, letter]]
-                )
+                skeleton.add("Mul", f"{name}/Mul_{i}{letter}", [part, table], [products[i, letter]])
         left = skeleton.derive(y, "/left", [*leading, half])
         right = skeleton.derive(y, "/right", [*leading, half])
         skeleton.add("Sub", f"{name}/Sub", [products[1, "c"], products[2, "s"]], [left])

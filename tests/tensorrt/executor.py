@@ -142,9 +142,7 @@ class KvAppend(_Plugin):
 
 
 class KvAttention(_Plugin):
-    def plugin(
-        self, q: Array, *inputs: Array, scale: float, rotate: int
-    ) -> Any:
+    def plugin(self, q: Array, *inputs: Array, scale: float, rotate: int) -> Any:
         key, key_scale, key_zero, value, value_scale, value_zero, lengths, *given = inputs
         batch, heads, length, size = q.shape
         if rotate:

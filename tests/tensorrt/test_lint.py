@@ -108,7 +108,9 @@ def test_finds_a_function_that_would_be_inlined(
     artifact = exported("llama", "w4a4kv4", (), "float16")
     source = onnx.load(artifact / artifacts.MODEL, load_external_data=False)
     planted.functions.append(next(f for f in source.functions if f.name == "Int4Gemm"))
-    assert any("function Int4Gemm: a local function would be" in p for p in problems(planted, NEWEST))
+    assert any(
+        "function Int4Gemm: a local function would be" in p for p in problems(planted, NEWEST)
+    )
 
 
 def test_finds_operators_that_came_later(sound: onnx.ModelProto) -> None:
@@ -121,7 +123,9 @@ def test_finds_what_the_built_library_lacks(sound: onnx.ModelProto) -> None:
     creators = {name: {"attributes": []} for name in PLUGINS if name != "KvAttention"}
     found = problems(sound, NEWEST, creators)
     assert any("KvAttention has no creator in the plugin library" in line for line in found)
-    assert any("has the attribute weight_layout, which the plugin library" in line for line in found)
+    assert any(
+        "has the attribute weight_layout, which the plugin library" in line for line in found
+    )
 
 
 def test_the_list_of_the_parser_names_what_it_refuses_by_leaving_it_out() -> None:

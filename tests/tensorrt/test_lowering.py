@@ -6,13 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from quarot_onnx import artifacts
 from quarot_onnx.errors import UnsupportedModelError, UsageError
 from quarot_onnx.export.tensorrt.kernel_shapes import takes_hadamard
 from quarot_onnx.export.tensorrt.lint import problems
 from quarot_onnx.export.tensorrt.lowering import Target, lower, target_version
+from quarot_onnx.export.tensorrt.skeleton import Skeleton
+from quarot_onnx.export.tensorrt.standard_forms import (
+    replace_rms_normalizations,
+    replace_rotary_embeddings,
+)
 from quarot_onnx.pipeline import export
 from quarot_onnx.recipe import load_recipe
 from tests import models
@@ -64,10 +71,8 @@ def _compare(artifact: Path, lowered: Path, steps: tuple[int, ...]) -> list[floa
         ("llama", "bfloat16", Target(activation_layout="split")),
         ("llama", "float16", Target((10, 7))),
         ("mistral-sliding", "float16", Target()),
-        ("qwen2-biases", "float16", Target()),
-        ("qwen3-head-dim", "float16", Target((10, 15))),
+        ("qwen2-biases", "float16", Target((10, 15))),
         ("phi3", "float16", Target((10, 14))),
-        ("opt", "float16", Target()),
         ("gpt-neox", "float16", Target((10, 7))),
         ("gemma3", "float16", Target()),
     ],
@@ -79,8 +84,10 @@ def test_a_lowered_graph_computes_what_the_artifact_computes(
     lowered = _save(artifact, tmp_path / "lowered", target)
     errors = _compare(artifact, lowered, (9, 1, 2, 1))
     # The same codes and sums; attention sums in another order, so that a tie may round otherwise.
-    assert min(errors) < 1e-3, errors
+    # Norms in elementary operators round otherwise too: see the test of them alone.
     assert max(errors) < 0.25, errors
+    if target.version >= (10, 15):
+        assert min(errors) < 1e-3, errors
 
 
 def test_sizes_of_the_kernels_need_no_fallback(kernel_sized: Path, tmp_path: Path) -> None:
@@ -138,6 +145,34 @@ def test_the_graphs_cache_is_of_fixed_capacity_and_int8(exported: Exported) -> N
     outputs = {value.name: value for value in model.graph.outputs}
     assert str(outputs["present.2.key"].shape) == str(key.shape)
     assert not model.functions
+
+
+def test_norms_and_rotations_for_old_parsers_are_those_of_the_standard(tmp_path: Path) -> None:
+    (tmp_path / artifacts.MODEL).write_bytes(
+        onnx.parser.parse_model(
+            """<ir_version: 10, opset_import: ["" : 23]>
+            standard (float16[B, 2, S, 24] x, float16[24] scale,
+                      float16[B, S, 8] c, float16[B, S, 8] s)
+              => (float16[B, 2, S, 24] y)
+            {
+              normed = RMSNormalization <axis = -1, epsilon = 1e-5> (x, scale)
+              y = RotaryEmbedding <rotary_embedding_dim = 16> (normed, c, s)
+            }"""
+        ).SerializeToString()
+    )
+    skeleton = Skeleton(tmp_path, onnx.TensorProto.FLOAT16)
+    for node in skeleton.nodes("RMSNormalization"):
+        node.outputs[0].shape, node.outputs[0].dtype = node.inputs[0].shape, np.dtype(np.float16)
+    replace_rms_normalizations(skeleton)
+    replace_rotary_embeddings(skeleton)
+    lowered = ir.to_proto(skeleton.finish(20))
+    assert not {"RMSNormalization", "RotaryEmbedding"} & {n.op_type for n in lowered.graph.node}
+    random = np.random.default_rng(0)
+    shapes = {"x": (3, 2, 5, 24), "scale": (24,), "c": (3, 5, 8), "s": (3, 5, 8)}
+    feed = {name: random.normal(size=shape).astype(np.float16) for name, shape in shapes.items()}
+    (expected,) = ReferenceEvaluator(skeleton.proto).run(None, feed)
+    (found,) = ReferenceEvaluator(lowered).run(None, feed)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=4 * 2.0**-10 * np.abs(expected).max())
 
 
 # --- Refusals -------------------------------------------------------------------------------------
