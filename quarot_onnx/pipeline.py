@@ -24,7 +24,9 @@ from quarot_onnx.calibration import Calibration, Journal
 from quarot_onnx.certificate import Certificate, Certifier, Restate
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UsageError
+from quarot_onnx.export.architectures import load_config
 from quarot_onnx.export.checkpoint import Checkpoint
+from quarot_onnx.export.genai import save_genai_config
 from quarot_onnx.export.huggingface import COMPANIONS, onnx_from_huggingface
 from quarot_onnx.export.polygraphy_run import save_polygraphy
 from quarot_onnx.passes import Effect, Report, pipeline, untie_embeddings
@@ -194,6 +196,7 @@ def export(
         if calibration is not None and recipe.is_calibrated:
             calibration.save(staging)
         save_polygraphy(staging)
+        save_genai_config(staging, rewritten.model, load_config(model_dir, checkpoint.config))
         artifacts.save_manifest(
             staging,
             {
