@@ -7,7 +7,9 @@ memory-mapped: codes of a large model never lie in memory all at once.
 
 import json
 import os
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,11 @@ class Journal:
             UsageError: the directory holds the journal of another run.
             ResourceError: it cannot be written.
         """
-        self._own = (
-            tempfile.TemporaryDirectory(prefix="quarot-onnx-") if directory is None else None
-        )
-        self.directory = Path(self._own.name) if self._own is not None else Path(directory or "")
-        if directory is not None:
+        if directory is None:
+            self.directory = Path(tempfile.mkdtemp(prefix="quarot-onnx-"))
+            weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+        else:
+            self.directory = directory
             self._claim(run or {})
 
     def _claim(self, run: dict[str, Any]) -> None:
