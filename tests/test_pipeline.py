@@ -36,7 +36,7 @@ TOKENS = np.random.default_rng(0).integers(0, 128, (2, 12))
 @cache
 def _judge(directory: Path) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_pretrained(
-        directory, attn_implementation="eager"
+        directory, attn_implementation="eager", experts_implementation="eager"
     ).eval()
 
 
