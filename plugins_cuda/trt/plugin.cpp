@@ -77,12 +77,7 @@ class Plugin final : public nvinfer1::IPluginV3,
 
   nvinfer1::IPluginV3* clone() noexcept override {
     nvinfer1::IPluginV3* copy = nullptr;
-    guarded(mOperator, mLayer, [&] {
-      auto* const plugin = new Plugin(mOperator, mAttributes, mLayer);
-      plugin->mNbInputs = mNbInputs;
-      plugin->mWorkspaceBytes = mWorkspaceBytes;
-      copy = plugin;
-    });
+    guarded(mOperator, mLayer, [&] { copy = new Plugin(mOperator, mAttributes, mLayer); });
     return copy;
   }
 
@@ -142,7 +137,6 @@ class Plugin final : public nvinfer1::IPluginV3,
       requirePointers({in, out});
       std::vector<PluginTensorDesc> sizes = largest(in, nbInputs);
       mOperator.checkShapes(mAttributes, callOf(sizes.data(), nbInputs));
-      mNbInputs = nbInputs;
     });
   }
 
