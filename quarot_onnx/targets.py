@@ -46,6 +46,11 @@ def _without_plugin(recipe: "Recipe") -> Iterator[str]:
             yield f"{name}.bits = {bits}: the GEMM plugin multiplies codes of 4 bits"
     if weights.bits < 16 and not weights.form.is_per_channel:
         yield "weights with groups or zero points: the GEMM plugin has a scale per output channel"
+    if weights.bits < 16 and weights.most_bits > 4 >= weights.bits:
+        bits = weights.most_bits
+        yield f"weights.down_proj_bits = {bits}: the GEMM plugin multiplies codes of 4 bits"
+    if recipe.outliers.are_split:
+        yield "outliers: float products beside the codes are untested in TensorRT"
     if weights.sparsity != "none":
         yield "weights.sparsity: the GEMM plugin multiplies dense codes only"
     if cache.bits < 16 and cache.io == "float":

@@ -2,6 +2,7 @@
 """The passes, one per file, and their order: `pipeline` reads like the paper."""
 
 from dataclasses import asdict
+from functools import partial
 
 from quarot_onnx.calibration import Calibration, Journal, Progress
 from quarot_onnx.decoder import Decoder
@@ -18,6 +19,7 @@ from quarot_onnx.passes.insert_r4 import InsertR4Pass
 from quarot_onnx.passes.quantize_activations import QuantizeActivationsPass
 from quarot_onnx.passes.quantize_kv_cache import QuantizeKvCachePass
 from quarot_onnx.passes.quantize_weights import QuantizeWeightsPass
+from quarot_onnx.passes.split_outliers import SplitOutliersPass, largest_features
 from quarot_onnx.passes.untie_embeddings import untie_embeddings
 from quarot_onnx.recipe import Recipe
 from quarot_onnx.rotation import Rotation
@@ -56,22 +58,15 @@ def pipeline(
         passes.append(InsertR3Pass(decoder, plan(attention.head_dim)))
     if rotations.r4:
         passes.append(InsertR4Pass(decoder, rotations.r4_policy))
-    if (weights := recipe.weights).bits < 16:
-        if weights.is_calibrated and calibration is not None:
-            passes.append(
-                CalibrateWeightsPass(
-                    decoder, weights, calibration, journal=journal, progress=progress
-                )
-            )
-        else:
-            passes.append(QuantizeWeightsPass(decoder, **asdict(weights.form)))
+    weights = recipe.weights
+    passes += _of_weights(recipe, decoder, calibration, journal, progress)
     if (activations := recipe.activations).bits < 16:
         passes.append(
             QuantizeActivationsPass(
                 decoder,
                 bits=activations.bits,
                 clip_ratio=activations.clip_ratio,
-                weight_bits=weights.bits,
+                weight_bits=weights.most_bits,
             )
         )
     if (cache := recipe.kv_cache).bits < 16:
@@ -80,4 +75,38 @@ def pipeline(
                 decoder, bits=cache.bits, clip_ratio=cache.clip_ratio, form=cache.io
             )
         )
+    return passes
+
+
+def _of_weights(
+    recipe: Recipe,
+    decoder: Decoder,
+    calibration: Calibration | None,
+    journal: Journal | None,
+    progress: Progress | None,
+) -> list[Pass]:
+    """What turns weights into codes, and keeps outlier features out of them."""
+    passes: list[Pass] = []
+    if (outliers := recipe.outliers).are_split and calibration is not None:
+        choose = partial(
+            largest_features,
+            decoder,
+            calibration,
+            share=outliers.share,
+            threshold=outliers.threshold,
+        )
+        passes.append(SplitOutliersPass(decoder, choose))
+    if (weights := recipe.weights).bits < 16:
+        if weights.is_calibrated and calibration is not None:
+            passes.append(
+                CalibrateWeightsPass(
+                    decoder, weights, calibration, journal=journal, progress=progress
+                )
+            )
+        else:
+            passes.append(
+                QuantizeWeightsPass(
+                    decoder, **asdict(weights.form), down_proj_bits=weights.down_proj_bits
+                )
+            )
     return passes
