@@ -10,6 +10,7 @@ The tensor names are those that Triton's OpenAI frontend sends to models that ar
 
 import json
 import logging
+import os
 import queue
 import sys
 import threading
@@ -24,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this file, 
 
 from quarot_onnx.errors import InputError, QuarotError, ResourceError, UsageError
 from quarot_onnx.generation import Sampling
-from quarot_onnx.runtime import OnnxModel, eos_token_ids, load_tokenizer
-from quarot_onnx.serving import Piece, Request, Scheduler, Statistics, context_length
+from quarot_onnx.runtime import eos_token_ids, load_model, load_tokenizer
+from quarot_onnx.serving import Piece, Request, Scheduler, Statistics
 
 ARTIFACT = Path(__file__).parent / "artifact"
+PLUGINS = Path(__file__).parent / "plugins" / "libquarot_plugins.so"
 _METRICS_PERIOD = 0.1  # seconds; telling the server's process takes as long as a small step
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -42,17 +44,19 @@ class TritonPythonModel:
             for name, parameter in json.loads(args["model_config"])["parameters"].items()
         }
         threads = parameters.get("threads")
+        if PLUGINS.is_file():
+            os.environ["QUAROT_PLUGINS_LIBRARY"] = str(PLUGINS)
         self._metrics = _Metrics(args["model_name"])
         self._outbox = _Outbox()
         self._scheduler = Scheduler(
-            OnnxModel(
+            load_model(
                 ARTIFACT,
                 runtime=parameters["runtime"],
                 threads=int(threads) if threads else None,
             ),
             load_tokenizer(ARTIFACT),
             eos_token_ids=eos_token_ids(ARTIFACT),
-            context_length=context_length(ARTIFACT),
+            context_length=int(parameters["context_length"]),
             max_streams=int(parameters["max_streams"]),
             max_waiting=int(parameters["max_waiting"]),
             observe=self._metrics.update,
