@@ -83,6 +83,6 @@ def test_tensorrt_wants_an_engine_and_says_so(artifact: Path) -> None:
     with pytest.raises(InputError, match="holds no engine; build one with `quarot-onnx build`"):
         load_model(artifact, runtime="tensorrt")
     with pytest.raises(
-        MissingDependencyError, match="tensorrt: runs engines, .* and no ONNX graph"
+        MissingDependencyError, match=r"tensorrt: runs engines, .* and no ONNX graph"
     ):
         OnnxModel(artifact, runtime="tensorrt")

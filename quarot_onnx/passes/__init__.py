@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The passes, one per file, and their order: `pipeline` reads like the paper."""
 
-from quarot_onnx.calibration import Calibration
+from dataclasses import asdict
+
+from quarot_onnx.calibration import Calibration, Journal, Progress
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.hadamard import plan
 from quarot_onnx.passes.base import Effect, Pass, Report
+from quarot_onnx.passes.calibrate_weights import CalibrateWeightsPass
 from quarot_onnx.passes.fuse_layer_norm_mean import FuseLayerNormMeanPass
 from quarot_onnx.passes.fuse_norm_scale import FuseNormScalePass
 from quarot_onnx.passes.fuse_r1 import FuseR1Pass
@@ -23,11 +26,17 @@ __all__ = ["Effect", "Pass", "Report", "pipeline", "untie_embeddings"]
 
 
 def pipeline(
-    recipe: Recipe, decoder: Decoder, calibration: Calibration | None = None
+    recipe: Recipe,
+    decoder: Decoder,
+    calibration: Calibration | None = None,
+    *,
+    journal: Journal | None = None,
+    progress: Progress | None = None,
 ) -> list[Pass]:
     """The passes of `recipe`, in order, for a decoder whose embeddings are untied.
 
-    A pass that has to look at data gets `calibration`, which is all that it may look at.
+    A pass that has to look at data gets `calibration`, which is all that it may look at; it keeps
+    what it has finished in `journal` and tells `progress` the layers done and the layers in all.
     """
     rotations, seed = recipe.rotations, recipe.seed
     attention = decoder.layers[0].attention
@@ -48,9 +57,14 @@ def pipeline(
     if rotations.r4:
         passes.append(InsertR4Pass(decoder))
     if (weights := recipe.weights).bits < 16:
-        passes.append(
-            QuantizeWeightsPass(decoder, bits=weights.bits, clip_search=weights.clip_search)
-        )
+        if weights.is_calibrated and calibration is not None:
+            passes.append(
+                CalibrateWeightsPass(
+                    decoder, weights, calibration, journal=journal, progress=progress
+                )
+            )
+        else:
+            passes.append(QuantizeWeightsPass(decoder, **asdict(weights.form)))
     if (activations := recipe.activations).bits < 16:
         passes.append(
             QuantizeActivationsPass(
