@@ -17,7 +17,7 @@ from quarot_onnx.manifest import MODEL
 PLAN = "model.plan"
 
 _PAST, _PRESENT = "past_key_values.", "present."
-_TYPES = {
+_TYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "TYPE_FP32",
     onnx.TensorProto.FLOAT16: "TYPE_FP16",
     onnx.TensorProto.BFLOAT16: "TYPE_BF16",
