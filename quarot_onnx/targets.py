@@ -2,8 +2,8 @@
 """Who can run what a recipe makes: one answer per target, with the reasons where it cannot.
 
 The answer comes from the resolved recipe alone. ONNX Runtime runs every recipe, because each
-operator of `quarot_onnx.ops` carries its meaning as an ONNX function. TensorRT runs what its own
-layers and our plugins (docs/plugins.md) cover. Nothing falls back: where a target is refused here,
+operator of `quarot_onnx.ops` carries its meaning as an ONNX function. TensorRT runs what
+`quarot-onnx build` lowers to our plugins (docs/plugins.md). Nothing falls back: where a target is refused here,
 no command builds for it.
 """
 
@@ -39,10 +39,10 @@ def targets_of(recipe: "Recipe") -> tuple[Target, ...]:
 
 
 def _without_plugin(recipe: "Recipe") -> Iterator[str]:
-    """What the recipe asks of TensorRT that neither its layers nor a plugin does."""
+    """What the recipe asks of TensorRT that `build` does not lower to a plugin."""
     weights, activations, cache = recipe.weights, recipe.activations, recipe.kv_cache
     for name, bits in (("weights", weights.bits), ("activations", activations.bits)):
-        if bits not in (4, 16):
+        if bits != 4:
             yield f"{name}.bits = {bits}: the GEMM plugin multiplies codes of 4 bits"
     if weights.bits < 16 and not weights.form.is_per_channel:
         yield "weights with groups or zero points: the GEMM plugin has a scale per output channel"
@@ -50,5 +50,5 @@ def _without_plugin(recipe: "Recipe") -> Iterator[str]:
         yield "weights.sparsity: the GEMM plugin multiplies dense codes only"
     if cache.bits < 16 and cache.io == "float":
         yield "kv_cache.io = float: a cache of rounded floats has no plugin"
-    elif cache.bits not in (4, 16):
+    elif cache.bits != 4:
         yield f"kv_cache.bits = {cache.bits}: the cache plugins store codes of 4 bits"

@@ -190,8 +190,8 @@ def test_onnx_runtime_runs_every_preset(name) -> None:
     ("overrides", "reason"),
     [
         ((), None),
-        (("kv_cache.bits=16",), None),
-        (("activations.bits=16",), None),
+        (("kv_cache.bits=16",), "kv_cache.bits = 16: the cache plugins store codes of 4 bits"),
+        (("activations.bits=16",), "activations.bits = 16: the GEMM plugin multiplies codes of 4"),
         (("weights.bits=8",), "weights.bits = 8: the GEMM plugin multiplies codes of 4 bits"),
         (("activations.bits=6",), "activations.bits = 6: the GEMM plugin multiplies codes"),
         (("kv_cache.bits=8",), "kv_cache.bits = 8: the cache plugins store codes of 4 bits"),
