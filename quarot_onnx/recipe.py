@@ -21,6 +21,9 @@ _SIZE_LIMIT = 1_000_000
 Bits = Literal[4, 6, 8, 16]
 """Bits of a code; 16 leaves the tensor in the float dtype of the export."""
 
+CodeBits = Literal[3, 4, 5, 6, 7, 8, 16]
+"""The same for activations and cache."""
+
 
 class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -47,18 +50,48 @@ class Weights(_Spec):
     clip_search: bool = True
 
 
-class Activations(_Spec):
-    """Activation quantization: symmetric, dynamic, per token."""
+class _Rounded(_Spec):
+    """How a row of features is rounded, dynamically: every token has scales of its own.
 
-    bits: Bits = 4
+    Attributes:
+        bits: of a code.
+        clip_ratio: the part of the range that codes cover; with a search, where it starts.
+        mode: with a zero point or without; ``skew`` and ``error`` choose per site on calibration
+            text, by the thresholds below (QuaRot Extended) or by the measured error.
+        clip: ``fixed``, or per site by the measured ``error``, or that and then by the
+            ``perplexity`` of the whole model (GBS, arXiv 2504.13989).
+        group_size: features that share a scale; 0 for all of a row.
+        skewness: above this mean |skewness| of the rows, ``skew`` is asymmetric.
+        off_centre: above this mean |mean| / standard deviation of the rows, too.
+    """
+
+    mode: Literal["symmetric", "asymmetric", "skew", "error"] = "symmetric"
+    clip: Literal["fixed", "error", "perplexity"] = "fixed"
+    group_size: int = Field(default=0, ge=0)
+    skewness: float = Field(default=0.5, ge=0)
+    off_centre: float = Field(default=0.25, ge=0)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a choice needs calibration text."""
+        return self.mode in ("skew", "error") or self.clip != "fixed"
+
+
+class Activations(_Rounded):
+    """Activation quantization: a row is a token; down_proj may have bits of its own."""
+
+    bits: CodeBits = 4
     clip_ratio: float = Field(default=0.9, gt=0, le=1)
+    down_proj_bits: Literal[3, 4, 5, 6, 7, 8] | None = None
+    down_proj_clip_ratio: float = Field(default=1.0, gt=0, le=1)
 
 
-class KvCache(_Spec):
-    """Cache quantization: asymmetric, per token and head."""
+class KvCache(_Rounded):
+    """Cache quantization: a row is a head of a token."""
 
-    bits: Bits = 4
+    bits: CodeBits = 4
     clip_ratio: float = Field(default=0.95, gt=0, le=1)
+    mode: Literal["symmetric", "asymmetric", "skew", "error"] = "asymmetric"
     io: Literal["packed", "float"] = "packed"
 
 

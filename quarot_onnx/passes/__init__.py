@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The passes, one per file, and their order: `pipeline` reads like the paper."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.hadamard import plan
 from quarot_onnx.passes.base import Effect, Pass, Report
@@ -17,6 +21,7 @@ from quarot_onnx.passes.quantize_weights import QuantizeWeightsPass
 from quarot_onnx.passes.untie_embeddings import untie_embeddings
 from quarot_onnx.recipe import Recipe
 from quarot_onnx.rotation import Rotation
+from quarot_onnx.rounding import Choice, Site, activation_sites, cache_sites
 
 __all__ = ["Effect", "Pass", "Report", "pipeline", "untie_embeddings"]
 
@@ -46,18 +51,13 @@ def pipeline(recipe: Recipe, decoder: Decoder) -> list[Pass]:
             QuantizeWeightsPass(decoder, bits=weights.bits, clip_search=weights.clip_search)
         )
     if (activations := recipe.activations).bits < 16:
-        passes.append(
-            QuantizeActivationsPass(
-                decoder,
-                bits=activations.bits,
-                clip_ratio=activations.clip_ratio,
-                weight_bits=weights.bits,
-            )
-        )
+        choose = partial(_fixed, activation_sites, decoder, activations)
+        passes.append(QuantizeActivationsPass(decoder, choose, weight_bits=weights.bits))
     if (cache := recipe.kv_cache).bits < 16:
-        passes.append(
-            QuantizeKvCachePass(
-                decoder, bits=cache.bits, clip_ratio=cache.clip_ratio, form=cache.io
-            )
-        )
+        choose = partial(_fixed, cache_sites, decoder, cache)
+        passes.append(QuantizeKvCachePass(decoder, choose, bits=cache.bits, form=cache.io))
     return passes
+
+
+def _fixed(sites: Callable[[Decoder, Any], list[Site]], decoder: Decoder, section: Any) -> Choice:
+    return Choice(tuple(sites(decoder, section)))

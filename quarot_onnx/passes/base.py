@@ -4,7 +4,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UnsupportedModelError
@@ -32,6 +32,8 @@ class Report:
         sites: how many places it changed.
         detail: one phrase for a person, such as the matrix that was used.
         skipped: reason -> places that were left alone for it.
+        records: what was decided or measured, one entry per site: ``site`` names it, the other
+            keys are the pass's own.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Report:
     sites: int
     detail: str = ""
     skipped: dict[str, list[str]] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Pass(ABC):
@@ -94,7 +97,11 @@ class Pass(ABC):
             )
 
     def report(
-        self, sites: int, detail: str = "", skipped: dict[str, list[str]] | None = None
+        self,
+        sites: int,
+        detail: str = "",
+        skipped: dict[str, list[str]] | None = None,
+        records: list[dict[str, Any]] | None = None,
     ) -> Report:
         """A report with this pass's name and effect."""
-        return Report(self.name, self.effect, sites, detail, skipped or {})
+        return Report(self.name, self.effect, sites, detail, skipped or {}, records or [])

@@ -1,33 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize activations: one dynamic scale per token, integer products.
+"""Quantize activations: dynamic scales for every token, integer products.
 
-    before:  y = (x @ codes) * w_scale
-    after:   q, scale = QuantizeInt4(x);   y = Int4Gemm(q, codes) * scale * w_scale
+    before:      y = (x @ codes) * w_scale
+    symmetric:   q, scale = QuantizeInt4(x);          y = Int4Gemm(q, codes) * scale * w_scale
+    asymmetric:  q, scale, zero = QuantizeGroups(x);  y = Int4GemmAsymmetric(q - zero, codes) * ...
+    groups:      the same, with a scale and zero point for each group of features: Int4GemmGroups
 
-Lossy: x is rounded to ``bits`` bits per token; the product of codes is summed exactly in integers.
-Linears that read the same activation (q, k, v; gate, up) share one quantization.
+Lossy: x is rounded to ``bits`` bits; the product of codes is summed exactly in integers. Linears
+that read the same activation (q, k, v; gate, up) share one quantization. Bits, mode, clip and
+groups are the site's `Rounding`.
 """
+
+from collections.abc import Callable
 
 import onnx_ir as ir
 
 from quarot_onnx import ops
-from quarot_onnx.decoder import Decoder
+from quarot_onnx.decoder import Decoder, Linear
 from quarot_onnx.errors import UnsupportedModelError
 from quarot_onnx.passes.base import Effect, Pass, Report
+from quarot_onnx.rounding import Choice, Site
 
 _EXACT_IN_16_BITS = 6  # two products of larger codes overflow the CPU kernels' int16 step: Int8Gemm
 
 
 class QuantizeActivationsPass(Pass):
-    """Replace each ``WeightOnlyGemm`` by ``QuantizeInt4`` and an integer GEMM."""
+    """Replace each ``WeightOnlyGemm`` by a quantizer and an integer GEMM."""
 
     effect = Effect.LOSSY
 
-    def __init__(self, decoder: Decoder, *, bits: int, clip_ratio: float, weight_bits: int) -> None:
+    def __init__(self, decoder: Decoder, choose: Callable[[], Choice], *, weight_bits: int) -> None:
+        """`choose` gives the sites and what is decided for them, when the pass runs."""
         super().__init__(decoder)
-        self.bits = bits
-        self.clip_ratio = clip_ratio
-        self.gemm = "Int4Gemm" if max(bits, weight_bits) <= _EXACT_IN_16_BITS else "Int8Gemm"
+        self.choose = choose
+        self.weight_bits = weight_bits
 
     def requires(self) -> None:
         """Every linear must hold codes already."""
@@ -40,34 +46,49 @@ class QuantizeActivationsPass(Pass):
 
     def rewrite(self) -> Report:
         """Quantize each distinct input once."""
-        graph = self.decoder.model.graph
+        choice = self.choose()
+        by_value = {site.value: site for site in choice.sites}
         quantized: dict[ir.Value, ir.Node] = {}
         for linear in self.decoder.linears:
-            x = linear.x
-            if x not in quantized:
-                quantized[x] = self._quantize(x, linear.node, f"{linear.module}/QuantizeInt4")
-            codes, scale = quantized[x].outputs
-            _, w, w_scale = linear.node.inputs
-            assert w is not None
-            assert w_scale is not None
-            dtype = linear.node.outputs[0].dtype or ir.DataType.FLOAT
-            node = ops.node(
-                self.gemm,
-                [codes, scale, w, w_scale],
-                {"dtype": int(dtype)},
-                at=f"{linear.module}/{self.gemm}",
-            )
-            linear.replace(graph, node)
+            site = by_value[linear.x]
+            if linear.x not in quantized:
+                quantized[linear.x] = self._quantize(site, linear)
+            self._multiply(linear, quantized[linear.x], site)
         ops.declare(self.decoder.model)
-        detail = f"{self.bits} bits, per token, clip {self.clip_ratio:g}"
-        return self.report(len(self.decoder.linears), detail)
+        return self.report(
+            len(self.decoder.linears), choice.describe("per token"), records=choice.records()
+        )
 
-    def _quantize(self, x: ir.Value, before: ir.Node, name: str) -> ir.Node:
-        attributes = {"bits": self.bits, "clip_ratio": self.clip_ratio}
-        node = ops.node("QuantizeInt4", [x], attributes, at=name)
+    def _quantize(self, site: Site, linear: Linear) -> ir.Node:
+        x, rounding = site.value, site.rounding
+        attributes = rounding.attributes
+        # The one that the CUDA kernels share, where it is enough.
+        is_common = rounding.symmetric and not site.has_groups
+        name = "QuantizeInt4" if is_common else "QuantizeGroups"
+        wanted = {key: attributes[key] for key in ops.OPERATORS[name].attributes}
+        node = ops.node(name, [x], wanted, at=f"{linear.module}/{name}")
         assert x.shape is not None
-        node.outputs[0].type, node.outputs[0].shape = ir.TensorType(ir.DataType.UINT8), x.shape
-        node.outputs[1].type = ir.TensorType(ir.DataType.FLOAT)
-        node.outputs[1].shape = ir.Shape([*x.shape[:-1], 1])
-        self.decoder.model.graph.insert_before(before, node)
+        codes, *parts = node.outputs
+        codes.type, codes.shape = ir.TensorType(ir.DataType.UINT8), x.shape
+        for value in parts:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+            value.shape = ir.Shape([*x.shape[:-1], site.features // rounding.group_size])
+        self.decoder.model.graph.insert_before(linear.node, node)
         return node
+
+    def _multiply(self, linear: Linear, quantizer: ir.Node, site: Site) -> None:
+        bits = max(site.rounding.bits, self.weight_bits)
+        name = "Int4Gemm" if bits <= _EXACT_IN_16_BITS else "Int8Gemm"
+        attributes = {"dtype": int(linear.node.outputs[0].dtype or ir.DataType.FLOAT)}
+        if site.has_groups:
+            name += "Groups"
+            attributes["group_size"] = site.rounding.group_size
+        elif not site.rounding.symmetric:
+            name += "Asymmetric"
+        _, w, w_scale = linear.node.inputs
+        assert w is not None
+        assert w_scale is not None
+        node = ops.node(
+            name, [*quantizer.outputs, w, w_scale], attributes, at=f"{linear.module}/{name}"
+        )
+        linear.replace(self.decoder.model.graph, node)

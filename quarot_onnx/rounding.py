@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How each activation and each cached head is rounded: bits, mode, clip, features per scale.
+
+A `Site` is a place where a quantizer goes: the input that one or more linears read, or the keys or
+values of a layer as they enter the cache. The recipe gives every site a `Rounding`; calibrated
+methods change some of them (`quarot_onnx.calibration.roundings`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+
+from quarot_onnx import groups
+from quarot_onnx.decoder import Attention, Decoder
+from quarot_onnx.errors import UnsupportedModelError
+from quarot_onnx.ops import Array, Float32
+from quarot_onnx.recipe import Activations, KvCache
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A quantizer of rows of features.
+
+    Attributes:
+        bits: of a code, 3 to 8.
+        symmetric: no zero point.
+        clip_ratio: the part of the range that codes cover.
+        group_size: features that share a scale; those of a whole row (a token of an activation, a
+            head of a token of the cache) where there are no groups.
+    """
+
+    bits: int
+    symmetric: bool
+    clip_ratio: float
+    group_size: int
+
+    def values(self, x: Array) -> Float32:
+        """What the codes of x [..., features] stand for."""
+        return groups.fake_quantize_groups(x.astype("float32"), **self.attributes)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """As attributes of a node of `quarot_onnx.ops`."""
+        return {**asdict(self), "symmetric": int(self.symmetric)}
+
+    def describe(self) -> dict[str, Any]:
+        """For the report of a pass."""
+        return {
+            "bits": self.bits,
+            "mode": "symmetric" if self.symmetric else "asymmetric",
+            "clip_ratio": self.clip_ratio,
+            "group_size": self.group_size,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A value that is rounded.
+
+    Attributes:
+        name: the module of the first linear that reads it, or the attention's with ``/key`` or
+            ``/value``.
+        kind: ``qkv``, ``o_proj``, ``gate_up``, ``down_proj``, ``keys`` or ``values``, as in
+            `quarot_onnx.activations.SITES`.
+        value: what the graph holds.
+        features: of a row.
+        rounding: by the recipe.
+    """
+
+    name: str
+    kind: str
+    value: ir.Value
+    features: int
+    rounding: Rounding
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether a row has more than one scale."""
+        return self.rounding.group_size < self.features
+
+
+def activation_sites(decoder: Decoder, activations: Activations) -> list[Site]:
+    """The distinct inputs of the linears of all layers, in the order of computation.
+
+    Raises:
+        UnsupportedModelError: the groups do not divide an input.
+    """
+    sites: dict[ir.Value, Site] = {}
+    for layer in decoder.layers:
+        attention, mlp = layer.attention, layer.mlp
+        kinds = {attention.o: "o_proj", mlp.down: "down_proj"}
+        kinds |= dict.fromkeys((attention.q, attention.k, attention.v), "qkv")
+        for linear in layer.linears:
+            if linear.x in sites:
+                continue
+            kind = kinds.get(linear, "gate_up")
+            bits, clip_ratio = activations.bits, activations.clip_ratio
+            if kind == "down_proj" and activations.down_proj_bits is not None:
+                bits, clip_ratio = activations.down_proj_bits, activations.down_proj_clip_ratio
+            size = _group_size(
+                activations.group_size, linear.in_features, decoder.hidden_size, linear.name
+            )
+            rounding = Rounding(bits, activations.mode != "asymmetric", clip_ratio, size)
+            sites[linear.x] = Site(linear.module, kind, linear.x, linear.in_features, rounding)
+    return list(sites.values())
+
+
+def _group_size(asked: int, features: int, hidden_size: int, where: str) -> int:
+    """Features that share a scale; 0 asks for the whole row.
+
+    Where `asked` does not divide the row, the row has as many groups as the residual stream, as in
+    QuaRot's code for down_proj.
+    """
+    if asked == 0 or asked >= features:
+        return features
+    if features % asked == 0:
+        return asked
+    count = hidden_size // asked
+    if hidden_size % asked or features % count:
+        raise UnsupportedModelError(
+            f"{where}: in_features = {features} is no multiple of activations.group_size = "
+            f"{asked}, nor of the residual stream's number of groups; choose a divisor of it"
+        )
+    return features // count
+
+
+def cache_sites(decoder: Decoder, cache: KvCache) -> list[Site]:
+    """The keys and values of all layers as they enter the cache.
+
+    Raises:
+        UnsupportedModelError: the groups do not divide a head.
+    """
+    return [
+        Site(
+            cache_site_name(layer.attention, kind),
+            f"{kind}s",
+            _new(append),
+            layer.attention.head_dim,
+            Rounding(
+                cache.bits,
+                cache.mode == "symmetric",
+                cache.clip_ratio,
+                _head_group_size(cache.group_size, layer.attention),
+            ),
+        )
+        for layer in decoder.layers
+        for append, kind in (
+            (layer.attention.key_append, "key"),
+            (layer.attention.value_append, "value"),
+        )
+    ]
+
+
+def cache_site_name(attention: Attention, kind: str) -> str:
+    """The name of the keys' (``key``) or values' (``value``) site."""
+    return f"{(attention.node.name or '').rpartition('/')[0]}/{kind}"
+
+
+def _new(append: ir.Node) -> ir.Value:
+    value = append.inputs[1]
+    assert value is not None
+    return value
+
+
+def _head_group_size(asked: int, attention: Attention) -> int:
+    if asked == 0 or asked >= attention.head_dim:
+        return attention.head_dim
+    if attention.head_dim % asked:
+        raise UnsupportedModelError(
+            f"{attention.node.name}: head_dim = {attention.head_dim} is no multiple of "
+            f"kv_cache.group_size = {asked}; choose a divisor of {attention.head_dim}"
+        )
+    return asked
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The sites of a pass, each with the rounding that was decided for it.
+
+    Attributes:
+        sites: in the order of computation.
+        measured: site -> what the decision rests on, for the report.
+    """
+
+    sites: tuple[Site, ...]
+    measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def records(self) -> list[dict[str, Any]]:
+        """One entry per site: what was decided, and what was measured."""
+        return [
+            {
+                "site": site.name,
+                "kind": site.kind,
+                **site.rounding.describe(),
+                **self.measured.get(site.name, {}),
+            }
+            for site in self.sites
+        ]
+
+    def describe(self, row: str) -> str:
+        """One phrase: ``4 bits, per token, clip 0.9``; `row` says what a row is."""
+        roundings = [site.rounding for site in self.sites]
+        bits = " and ".join(str(b) for b in sorted({r.bits for r in roundings}))
+        parts = [f"{bits} bits", row]
+        sizes = sorted({s.rounding.group_size for s in self.sites if s.has_groups})
+        if sizes:
+            parts.append(f"groups of {' and '.join(str(size) for size in sizes)}")
+        asymmetric = sum(not r.symmetric for r in roundings)
+        parts.append(f"{asymmetric} of {len(roundings)} sites asymmetric")
+        clips = sorted({r.clip_ratio for r in roundings})
+        parts.append(f"clip {' to '.join(f'{c:g}' for c in dict.fromkeys((clips[0], clips[-1])))}")
+        return ", ".join(parts)
