@@ -22,7 +22,7 @@ from quarot_onnx import artifacts, ops
 from quarot_onnx.decoder import Layer
 from quarot_onnx.errors import InputError, UnsupportedModelError
 from quarot_onnx.export.checkpoint import Checkpoint
-from quarot_onnx.pipeline import rewrite, stored_bytes
+from quarot_onnx.pipeline import rewrite
 from quarot_onnx.recipe import Activations, KvCache, Recipe, Rotations, Weights
 from quarot_onnx.runtime import load_session
 
@@ -237,7 +237,7 @@ class _Observed:
         self._directory = tempfile.TemporaryDirectory(prefix="quarot-onnx-")
         try:
             directory = Path(self._directory.name)
-            artifacts.require_space(directory / artifacts.DATA, stored_bytes(self._model))
+            artifacts.require_space(directory / artifacts.DATA, artifacts.stored_bytes(self._model))
             artifacts.save_model(self._model, directory)
             self._session = load_session(directory / artifacts.MODEL)
         except BaseException:

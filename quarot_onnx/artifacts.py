@@ -115,6 +115,12 @@ def require_space(target: Path, needed: int) -> None:
         )
 
 
+def stored_bytes(model: ir.Model) -> int:
+    """The size of the weights as they will be stored."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
 def save_model(model: ir.Model, directory: Path, progress: Progress | None = None) -> None:
     """Write ``model.onnx`` and ``model.onnx_data``; each lazy weight is computed as it is written.
 

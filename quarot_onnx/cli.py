@@ -265,9 +265,9 @@ def recipes(
 
     if name is not None:
         found = load_recipe(name)
-        _emit(found.model_dump(), as_json, lambda: sys.stdout.write(preset_text(name)))
+        _emit(found.as_json(), as_json, lambda: sys.stdout.write(preset_text(name)))
         return
-    presets = [load_recipe(preset).model_dump() for preset in preset_names()]
+    presets = [load_recipe(preset).as_json() for preset in preset_names()]
     _emit(presets, as_json, lambda: tables.show_recipes(presets))
 
 

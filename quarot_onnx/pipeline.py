@@ -16,7 +16,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from quarot_onnx import artifacts
+from quarot_onnx.calibration import Calibration
 from quarot_onnx.decoder import Decoder
+from quarot_onnx.errors import UsageError
 from quarot_onnx.export.checkpoint import Checkpoint
 from quarot_onnx.export.huggingface import COMPANIONS, onnx_from_huggingface
 from quarot_onnx.passes import Report, pipeline, untie_embeddings
@@ -45,17 +47,32 @@ class Rewritten:
     reports: tuple[Report, ...]
 
 
-def rewrite(checkpoint: Checkpoint, recipe: Recipe, dtype: str) -> Rewritten:
-    """Trace the model and apply the recipe's passes; no weight is read except the norms' scales.
+def rewrite(
+    checkpoint: Checkpoint, recipe: Recipe, dtype: str, calibration: Calibration | None = None
+) -> Rewritten:
+    """Trace the model and apply the recipe's passes.
+
+    No weight is read except the norms' scales, unless a calibrated pass runs the layers.
+
+    Args:
+        checkpoint: a Hugging Face directory.
+        recipe: rotations, bits and methods.
+        dtype: a key of `DTYPES`, for the float parts.
+        calibration: what calibrated methods may look at.
 
     Raises:
+        UsageError: a method of the recipe looks at text and there is no calibration.
         InputError: damaged weights.
         UnsupportedModelError: an architecture or a dimension that a pass refuses.
     """
+    if recipe.is_calibrated and calibration is None:
+        raise UsageError(
+            f"recipe {recipe.name}: has a method that looks at text; give one with --calibration"
+        )
     model = onnx_from_huggingface(checkpoint, DTYPES[dtype])
     reports = [untie_embeddings(model)]
     decoder = Decoder.locate(model)
-    reports += [apply() for apply in pipeline(recipe, decoder)]
+    reports += [apply() for apply in pipeline(recipe, decoder, calibration)]
     common_passes.RemoveUnusedNodesPass()(model)
     _sort_initializers(model)
     model.metadata_props["quarot.recipe"] = recipe.name
@@ -83,6 +100,7 @@ def export(
     recipe: Recipe,
     *,
     dtype: str = "float32",
+    calibration: Calibration | None = None,
     force: bool = False,
     progress: artifacts.Progress | None = None,
 ) -> dict[str, Any]:
@@ -93,6 +111,7 @@ def export(
         out_dir: created; it must not exist or be empty, unless `force` and an artifact.
         recipe: rotations and bits.
         dtype: a key of `DTYPES`, for the float parts.
+        calibration: what calibrated methods may look at; recipes without one leave it alone.
         force: replace an existing artifact.
         progress: called while weights are written.
 
@@ -104,8 +123,8 @@ def export(
     """
     with artifacts.publish(out_dir, force=force) as staging:
         checkpoint = Checkpoint(model_dir)
-        rewritten = rewrite(checkpoint, recipe, dtype)
-        artifacts.require_space(out_dir, stored_bytes(rewritten.model))
+        rewritten = rewrite(checkpoint, recipe, dtype, calibration)
+        artifacts.require_space(out_dir, artifacts.stored_bytes(rewritten.model))
         artifacts.save_model(rewritten.model, staging, progress)
         for name in COMPANIONS:
             if (model_dir / name).is_file():
@@ -118,6 +137,8 @@ def export(
                     "files": {path.name: artifacts.sha256(path) for path in checkpoint.files},
                 },
                 "recipe": recipe.model_dump(),
+                "targets": [asdict(target) for target in recipe.targets()],
+                **_calibrated(recipe, calibration),
                 "dtype": dtype,
                 "passes": [_report(report) for report in rewritten.reports],
             },
@@ -125,10 +146,19 @@ def export(
         return artifacts.load_manifest(staging)
 
 
-def stored_bytes(model: ir.Model) -> int:
-    """The size of the weights as they will be stored."""
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+def _calibrated(recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
+    """What was looked at, for the manifest of a recipe that looks."""
+    if calibration is None or not recipe.is_calibrated:
+        return {}
+    windows, length = calibration.tokens.shape
+    return {
+        "calibration": {
+            "source": calibration.source,
+            "sha256": calibration.sha256,
+            "windows": windows,
+            "window_length": length,
+        }
+    }
 
 
 def _report(report: Report) -> dict[str, Any]:

@@ -8,12 +8,14 @@ value. The resolved recipe is saved with every artifact.
 import difflib
 import tomllib
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quarot_onnx.errors import UsageError
+from quarot_onnx.targets import Target, targets_of
 
 _PRESETS = Path(__file__).parent / "recipes"
 _SIZE_LIMIT = 1_000_000
@@ -95,6 +97,17 @@ class KvCache(_Rounded):
     io: Literal["packed", "float"] = "packed"
 
 
+class CalibrationText(_Spec):
+    """How much of a text the calibrated methods look at: evenly spaced windows, without overlap.
+
+    A text with fewer tokens gives fewer windows. The text itself is given with the export.
+    """
+
+    windows: int = Field(default=128, ge=1)
+    window_length: int = Field(default=256, ge=2)
+    search_windows: int = Field(default=16, ge=1)
+
+
 class Recipe(_Spec):
     """Everything that decides what an export computes, apart from the model and the float dtype."""
 
@@ -105,6 +118,7 @@ class Recipe(_Spec):
     weights: Weights = Weights()
     activations: Activations = Activations()
     kv_cache: KvCache = KvCache()
+    calibration: CalibrationText = CalibrationText()
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
@@ -112,6 +126,11 @@ class Recipe(_Spec):
             raise ValueError(
                 f"activations.bits = {self.activations.bits} with float weights; "
                 "integer products need weights.bits below 16"
+            )
+        if self.activations.bits == 16 and self.activations.down_proj_bits is not None:
+            raise ValueError(
+                f"activations.down_proj_bits = {self.activations.down_proj_bits} with float "
+                "activations; set activations.bits below 16"
             )
         if self.rotations.r1 != "none" and not self.rotations.fold_norm_scale:
             raise ValueError("rotations.r1 needs rotations.fold_norm_scale = true")
@@ -121,6 +140,22 @@ class Recipe(_Spec):
     def is_lossy(self) -> bool:
         """Whether anything is quantized."""
         return min(self.weights.bits, self.activations.bits, self.kv_cache.bits) < 16
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a method looks at text before it decides."""
+        return any(
+            section.bits < 16 and section.is_calibrated
+            for section in (self.activations, self.kv_cache)
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The resolved recipe as plain data, with ``targets``."""
+        return {**self.model_dump(), "targets": [asdict(target) for target in self.targets()]}
+
+    def targets(self) -> tuple[Target, ...]:
+        """Who can run an artifact of this recipe, and why not."""
+        return targets_of(self)
 
 
 def preset_names() -> list[str]:

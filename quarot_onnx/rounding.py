@@ -45,11 +45,16 @@ class Rounding:
         """As attributes of a node of `quarot_onnx.ops`."""
         return {**asdict(self), "symmetric": int(self.symmetric)}
 
+    @property
+    def mode(self) -> str:
+        """``symmetric`` or ``asymmetric``."""
+        return "symmetric" if self.symmetric else "asymmetric"
+
     def describe(self) -> dict[str, Any]:
         """For the report of a pass."""
         return {
             "bits": self.bits,
-            "mode": "symmetric" if self.symmetric else "asymmetric",
+            "mode": self.mode,
             "clip_ratio": self.clip_ratio,
             "group_size": self.group_size,
         }
@@ -74,6 +79,11 @@ class Site:
     value: ir.Value
     features: int
     rounding: Rounding
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether it is keys or values."""
+        return self.kind in ("keys", "values")
 
     @property
     def has_groups(self) -> bool:

@@ -12,8 +12,15 @@ def show_recipes(recipes: list[dict[str, Any]]) -> None:
     """The presets and what they do."""
     _table(
         "Recipes",
-        ["recipe", "what it does"],
-        [[recipe["name"], recipe["description"]] for recipe in recipes],
+        ["recipe", "what it does", "runs in"],
+        [
+            [
+                recipe["name"],
+                recipe["description"],
+                ", ".join(t["name"] for t in recipe["targets"] if not t["reasons"]),
+            ]
+            for recipe in recipes
+        ],
     )
 
 

@@ -18,10 +18,10 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from quarot_onnx.artifacts import changed_files, load_manifest
+from quarot_onnx.artifacts import changed_files, load_manifest, stored_bytes
 from quarot_onnx.errors import InputError, QuarotError, ResourceError, UnsupportedModelError
 from quarot_onnx.export.checkpoint import Checkpoint
-from quarot_onnx.pipeline import export, rewrite, stored_bytes
+from quarot_onnx.pipeline import export, rewrite
 from quarot_onnx.recipe import load_recipe
 from tests import models
 from tests.conftest import Exported, HuggingFace

@@ -172,3 +172,30 @@ def test_the_presets_hold_no_key_that_is_a_default_of_another_meaning() -> None:
     for name in preset_names():
         content = tomllib.loads((directory / f"{name}.toml").read_text())
         assert Recipe.model_validate(content) == load_recipe(name)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_onnx_runtime_runs_every_preset(name) -> None:
+    onnxruntime, tensorrt = load_recipe(name).targets()
+    assert (onnxruntime.name, onnxruntime.is_supported) == ("onnxruntime", True)
+    assert tensorrt.name == "tensorrt"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ((), None),
+        (("kv_cache.bits=16",), None),
+        (("activations.bits=16",), None),
+        (("weights.bits=8",), "weights.bits = 8: the GEMM plugin multiplies codes of 4 bits"),
+        (("activations.bits=6",), "activations.bits = 6: the GEMM plugin multiplies codes"),
+        (("kv_cache.bits=8",), "kv_cache.bits = 8: the cache plugins store codes of 4 bits"),
+        (("kv_cache.io=float",), "kv_cache.io = float: a cache of rounded floats has no plugin"),
+    ],
+)
+def test_a_recipe_says_what_tensorrt_cannot_run(overrides, reason) -> None:
+    reasons = load_recipe("w4a4kv4", overrides).targets()[1].reasons
+    if reason is None:
+        assert not reasons
+    else:
+        assert reasons[0].startswith(reason)

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The passes, one per file, and their order: `pipeline` reads like the paper."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
+from quarot_onnx.calibration import Calibration
+from quarot_onnx.calibration.roundings import Roundings
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.hadamard import plan
 from quarot_onnx.passes.base import Effect, Pass, Report
@@ -21,13 +19,17 @@ from quarot_onnx.passes.quantize_weights import QuantizeWeightsPass
 from quarot_onnx.passes.untie_embeddings import untie_embeddings
 from quarot_onnx.recipe import Recipe
 from quarot_onnx.rotation import Rotation
-from quarot_onnx.rounding import Choice, Site, activation_sites, cache_sites
 
 __all__ = ["Effect", "Pass", "Report", "pipeline", "untie_embeddings"]
 
 
-def pipeline(recipe: Recipe, decoder: Decoder) -> list[Pass]:
-    """The passes of `recipe`, in order, for a decoder whose embeddings are untied."""
+def pipeline(
+    recipe: Recipe, decoder: Decoder, calibration: Calibration | None = None
+) -> list[Pass]:
+    """The passes of `recipe`, in order, for a decoder whose embeddings are untied.
+
+    A pass that has to look at data gets `calibration`, which is all that it may look at.
+    """
     rotations, seed = recipe.rotations, recipe.seed
     attention = decoder.layers[0].attention
     passes: list[Pass] = []
@@ -50,14 +52,11 @@ def pipeline(recipe: Recipe, decoder: Decoder) -> list[Pass]:
         passes.append(
             QuantizeWeightsPass(decoder, bits=weights.bits, clip_search=weights.clip_search)
         )
-    if (activations := recipe.activations).bits < 16:
-        choose = partial(_fixed, activation_sites, decoder, activations)
+    roundings = Roundings(decoder, recipe, calibration)
+    if recipe.activations.bits < 16:
+        choose = roundings.of_activations
         passes.append(QuantizeActivationsPass(decoder, choose, weight_bits=weights.bits))
     if (cache := recipe.kv_cache).bits < 16:
-        choose = partial(_fixed, cache_sites, decoder, cache)
+        choose = roundings.of_cache
         passes.append(QuantizeKvCachePass(decoder, choose, bits=cache.bits, form=cache.io))
     return passes
-
-
-def _fixed(sites: Callable[[Decoder, Any], list[Site]], decoder: Decoder, section: Any) -> Choice:
-    return Choice(tuple(sites(decoder, section)))
