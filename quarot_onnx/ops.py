@@ -706,30 +706,42 @@ OPERATORS: Mapping[str, Operator] = {
     )
 }
 
+_BY_INPUT = "ByInput"  # in the name of a function whose attribute is an input
+
 # TensorRT 10.15 and later inline a function unless the node names the plugin's namespace and
 # version.
 _PLUGIN_ATTRIBUTES: Mapping[str, str] = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
 
 
 @cache
-def _function_proto(name: str) -> bytes:
+def _function_proto(name: str, as_input: str) -> bytes:
     import onnx.parser  # noqa: PLC0415  # 260 ms that only a writer of graphs pays
 
     operator = OPERATORS[name]
-    attributes = ", ".join([*operator.attributes, *_PLUGIN_ATTRIBUTES])
+    given = [attribute for attribute in operator.attributes if attribute != as_input]
+    inputs = [*operator.inputs, *([as_input] if as_input else [])]
+    body = operator.body.replace(
+        f"Constant <value_float: float = @{as_input}> ()", f"Identity ({as_input})"
+    )
     text = f"""
     <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
-    {operator.name} <{attributes}> ({", ".join(operator.inputs)}) => ({", ".join(operator.outputs)})
-    {{ {operator.body} }}
+    {name}{_BY_INPUT if as_input else ""} <{", ".join([*given, *_PLUGIN_ATTRIBUTES])}>
+    ({", ".join(inputs)}) => ({", ".join(operator.outputs)})
+    {{ {body} }}
     """
     return bytes(onnx.parser.parse_function(text).SerializeToString())
 
 
-def function(name: str) -> ir.Function:
-    """A fresh ONNX local function for the operator `name`."""
+def function(name: str, as_input: str = "") -> ir.Function:
+    """A fresh ONNX local function for the operator `name`.
+
+    With the name of a float attribute in `as_input`, that is an input behind the others, and the
+    function has a name of its own: for searches, which try many values in one session.
+    """
     import onnx  # noqa: PLC0415
 
-    return ir.serde.deserialize_function(onnx.FunctionProto.FromString(_function_proto(name)))
+    text = _function_proto(name, as_input)
+    return ir.serde.deserialize_function(onnx.FunctionProto.FromString(text))
 
 
 def node(name: str, inputs: list[ir.Value], attributes: Mapping[str, Any], *, at: str) -> ir.Node:

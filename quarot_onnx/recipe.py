@@ -20,8 +20,8 @@ from quarot_onnx.targets import Target, targets_of
 _PRESETS = Path(__file__).parent / "recipes"
 _SIZE_LIMIT = 1_000_000
 
-Bits = Literal[4, 6, 8, 16]
-"""Bits of a code; 16 leaves the tensor in the float dtype of the export."""
+Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
+"""Bits of a weight's code; 16 leaves the tensor in the float dtype of the export."""
 
 CodeBits = Literal[3, 4, 5, 6, 7, 8, 16]
 """The same for activations and cache."""

@@ -65,6 +65,7 @@ class Site:
     """A value that is rounded.
 
     Attributes:
+        layer: the index of its layer.
         name: the module of the first linear that reads it, or the attention's with ``/key`` or
             ``/value``.
         kind: ``qkv``, ``o_proj``, ``gate_up``, ``down_proj``, ``keys`` or ``values``, as in
@@ -74,6 +75,7 @@ class Site:
         rounding: by the recipe.
     """
 
+    layer: int
     name: str
     kind: str
     value: ir.Value
@@ -113,7 +115,9 @@ def activation_sites(decoder: Decoder, activations: Activations) -> list[Site]:
                 activations.group_size, linear.in_features, decoder.hidden_size, linear.name
             )
             rounding = Rounding(bits, activations.mode != "asymmetric", clip_ratio, size)
-            sites[linear.x] = Site(linear.module, kind, linear.x, linear.in_features, rounding)
+            sites[linear.x] = Site(
+                layer.index, linear.module, kind, linear.x, linear.in_features, rounding
+            )
     return list(sites.values())
 
 
@@ -144,6 +148,7 @@ def cache_sites(decoder: Decoder, cache: KvCache) -> list[Site]:
     """
     return [
         Site(
+            layer.index,
             cache_site_name(layer.attention, kind),
             f"{kind}s",
             _new(append),
@@ -183,6 +188,28 @@ def _head_group_size(asked: int, attention: Attention) -> int:
             f"kv_cache.group_size = {asked}; choose a divisor of {attention.head_dim}"
         )
     return asked
+
+
+@dataclass(frozen=True, eq=False)
+class Quantizer:
+    """A node that rounds a site.
+
+    Attributes:
+        site: what it rounds.
+        node: with the attribute ``clip_ratio``.
+    """
+
+    site: Site
+    node: ir.Node
+
+    @property
+    def clip_ratio(self) -> float:
+        """As it is now."""
+        return self.node.attributes["clip_ratio"].as_float()
+
+    def set_clip_ratio(self, clip_ratio: float) -> None:
+        """Change the node."""
+        self.node.attributes["clip_ratio"] = ir.AttrFloat32("clip_ratio", clip_ratio)
 
 
 @dataclass(frozen=True)

@@ -54,3 +54,9 @@ class Calibration:
         stride = len(ids) // count if count else 0
         cut = [ids[i * stride : i * stride + length] for i in range(count)]
         return cls.of(np.array(cut, np.int64).reshape(count, length), source)
+
+    def part(self, count: int) -> "Calibration":
+        """At most `count` evenly spaced windows of this."""
+        total = len(self.tokens)
+        kept = np.arange(min(count, total)) * total // min(count, total)
+        return Calibration.of(self.tokens[kept], self.source)

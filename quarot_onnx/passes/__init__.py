@@ -16,6 +16,7 @@ from quarot_onnx.passes.insert_r4 import InsertR4Pass
 from quarot_onnx.passes.quantize_activations import QuantizeActivationsPass
 from quarot_onnx.passes.quantize_kv_cache import QuantizeKvCachePass
 from quarot_onnx.passes.quantize_weights import QuantizeWeightsPass
+from quarot_onnx.passes.search_clips import SearchClipsPass
 from quarot_onnx.passes.untie_embeddings import untie_embeddings
 from quarot_onnx.recipe import Recipe
 from quarot_onnx.rotation import Rotation
@@ -53,10 +54,18 @@ def pipeline(
             QuantizeWeightsPass(decoder, bits=weights.bits, clip_search=weights.clip_search)
         )
     roundings = Roundings(decoder, recipe, calibration)
-    if recipe.activations.bits < 16:
+    searched: list[QuantizeActivationsPass | QuantizeKvCachePass] = []
+    if (activations := recipe.activations).bits < 16:
         choose = roundings.of_activations
-        passes.append(QuantizeActivationsPass(decoder, choose, weight_bits=weights.bits))
+        quantize = QuantizeActivationsPass(decoder, choose, weight_bits=weights.bits)
+        passes.append(quantize)
+        searched += [quantize] if activations.clip == "perplexity" else []
     if (cache := recipe.kv_cache).bits < 16:
         choose = roundings.of_cache
-        passes.append(QuantizeKvCachePass(decoder, choose, bits=cache.bits, form=cache.io))
+        pack = QuantizeKvCachePass(decoder, choose, bits=cache.bits, form=cache.io)
+        passes.append(pack)
+        searched += [pack] if cache.clip == "perplexity" else []
+    if searched and calibration is not None:
+        part = calibration.part(recipe.calibration.search_windows)
+        passes.append(SearchClipsPass(decoder, part, searched))
     return passes

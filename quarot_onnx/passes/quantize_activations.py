@@ -19,7 +19,7 @@ from quarot_onnx import ops
 from quarot_onnx.decoder import Decoder, Linear
 from quarot_onnx.errors import UnsupportedModelError
 from quarot_onnx.passes.base import Effect, Pass, Report
-from quarot_onnx.rounding import Choice, Site
+from quarot_onnx.rounding import Choice, Quantizer, Site
 
 _EXACT_IN_16_BITS = 6  # two products of larger codes overflow the CPU kernels' int16 step: Int8Gemm
 
@@ -30,10 +30,14 @@ class QuantizeActivationsPass(Pass):
     effect = Effect.LOSSY
 
     def __init__(self, decoder: Decoder, choose: Callable[[], Choice], *, weight_bits: int) -> None:
-        """`choose` gives the sites and what is decided for them, when the pass runs."""
+        """`choose` gives the sites and what is decided for them, when the pass runs.
+
+        `quantizers` are the nodes that it has put in place.
+        """
         super().__init__(decoder)
         self.choose = choose
         self.weight_bits = weight_bits
+        self.quantizers: list[Quantizer] = []
 
     def requires(self) -> None:
         """Every linear must hold codes already."""
@@ -74,6 +78,7 @@ class QuantizeActivationsPass(Pass):
             value.type = ir.TensorType(ir.DataType.FLOAT)
             value.shape = ir.Shape([*x.shape[:-1], site.features // rounding.group_size])
         self.decoder.model.graph.insert_before(linear.node, node)
+        self.quantizers.append(Quantizer(site, node))
         return node
 
     def _multiply(self, linear: Linear, quantizer: ir.Node, site: Site) -> None:

@@ -22,7 +22,7 @@ from quarot_onnx import ops
 from quarot_onnx.decoder import Attention, Decoder
 from quarot_onnx.errors import UnsupportedModelError
 from quarot_onnx.passes.base import Effect, Pass, Report
-from quarot_onnx.rounding import Choice, Site, cache_site_name
+from quarot_onnx.rounding import Choice, Quantizer, Site, cache_site_name
 
 CacheForm = Literal["packed", "float"]
 
@@ -35,11 +35,15 @@ class QuantizeKvCachePass(Pass):
     def __init__(
         self, decoder: Decoder, choose: Callable[[], Choice], *, bits: int, form: CacheForm
     ) -> None:
-        """`choose` gives the sites and what is decided for them, when the pass runs."""
+        """`choose` gives the sites and what is decided for them, when the pass runs.
+
+        `quantizers` are the nodes that it has put in place.
+        """
         super().__init__(decoder)
         self.choose = choose
         self.is_packed = bits <= ops.PACKED_BITS
         self.form: CacheForm = form
+        self.quantizers: list[Quantizer] = []
 
     def requires(self) -> None:
         """Two codes to a byte need an even head_dim."""
@@ -70,10 +74,21 @@ class QuantizeKvCachePass(Pass):
         return self.report(2 * len(self.decoder.layers), detail, records=choice.records())
 
     def _fake_quantize(self, append: ir.Node, site: Site) -> None:
-        node = _rounding_node("KvFakeQuantize", "", [site.value], site)
+        node = self._quantizer("KvFakeQuantize", [site.value], site)
         node.outputs[0].type, node.outputs[0].shape = site.value.type, site.value.shape
         self.decoder.model.graph.insert_before(append, node)
         append.replace_input_with(1, node.outputs[0])
+
+    def _quantizer(self, operator: str, inputs: list[ir.Value], site: Site) -> ir.Node:
+        """The common form where one asymmetric scale per head is all there is, as in the kernels."""
+        is_common = not site.rounding.symmetric and not site.has_groups
+        suffix = "Int8" if operator == "KvAppend" and not self.is_packed else ""
+        name = f"{operator}{'' if is_common else 'Groups'}{suffix}"
+        attributes = site.rounding.attributes
+        wanted = {key: attributes[key] for key in ops.OPERATORS[name].attributes}
+        node = ops.node(name, inputs, wanted, at=_named(site, operator))
+        self.quantizers.append(Quantizer(site, node))
+        return node
 
     def _pack(self, attention: Attention, sites: Mapping[str, Site]) -> None:
         graph = self.decoder.model.graph
@@ -86,7 +101,7 @@ class QuantizeKvCachePass(Pass):
             past = append.inputs[0]
             assert past is not None
             inputs = [site.value, *self._cache_inputs(past, site)]
-            node = _rounding_node("KvAppend", suffix, inputs, site)
+            node = self._quantizer("KvAppend", inputs, site)
             self._cache_outputs(append.outputs[0], node, past, site)
             graph.insert_before(append, node)
             cached.append(list(node.outputs))
@@ -182,12 +197,3 @@ def _named(site: Site, operator: str) -> str:
     """``/model/layers.0/self_attn/KvAppend_key``."""
     module, _, kind = site.name.rpartition("/")
     return f"{module}/{operator}_{kind}"
-
-
-def _rounding_node(operator: str, suffix: str, inputs: list[ir.Value], site: Site) -> ir.Node:
-    """The common form where one asymmetric scale per head is all there is, as in the kernels."""
-    is_common = not site.rounding.symmetric and not site.has_groups
-    name = f"{operator}{'' if is_common else 'Groups'}{suffix}"
-    attributes = site.rounding.attributes
-    wanted = {key: attributes[key] for key in ops.OPERATORS[name].attributes}
-    return ops.node(name, inputs, wanted, at=_named(site, operator))
