@@ -8,13 +8,14 @@ trial runs from the site's layer to the logits, in one session in which the clip
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from quarot_onnx import ops
-from quarot_onnx.calibration.layers import Compute, Float32, LayerRun, walk
+from quarot_onnx.calibration.layers import Compute, Float32, walk
 from quarot_onnx.calibration.tokens import Calibration
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.rounding import Quantizer
@@ -63,22 +64,33 @@ def search_clips(
         by_layer.setdefault(quantizer.site.layer, []).append(quantizer)
     for run in walk(decoder, calibration):
         searched = by_layer.get(run.layer.index, [])
-        inputs = {q.node.name or "": f"{q.site.name}/clip_ratio" for q in searched}
-        with run.rest(logits, lambda model: _take_clips(model, inputs)) as compute:  # noqa: B023
+        if not searched:
+            continue
+        with run.rest(logits, partial(_take_clips, quantizers=searched)) as compute:
             for quantizer in searched:
-                before = quantizer.clip_ratio
-
-                def loss(clip: float, name: str = inputs[quantizer.node.name or ""]) -> float:
-                    clips = {inputs[q.node.name or ""]: q.clip_ratio for q in searched}  # noqa: B023
-                    return _loss(compute, calibration, clips | {name: clip})  # noqa: B023
-
-                best, least = minimum(loss, before)
-                quantizer.set_clip_ratio(best)
-                yield quantizer, before, least
+                yield quantizer, *_search(quantizer, searched, partial(_loss, compute, calibration))
 
 
-def _take_clips(model: ir.Model, inputs: Mapping[str, str]) -> None:
-    """Make the clip ratio of each node in `inputs` the graph input of that name."""
+def _search(
+    quantizer: Quantizer,
+    beside: Sequence[Quantizer],
+    loss: Callable[[Mapping[str, float]], float],
+) -> tuple[float, float]:
+    """Set the clip of one of the quantizers of a layer; its old clip and the loss with the new."""
+    before = quantizer.clip_ratio
+    clips = {_input_of(each): each.clip_ratio for each in beside}
+    best, least = minimum(lambda clip: loss({**clips, _input_of(quantizer): clip}), before)
+    quantizer.set_clip_ratio(best)
+    return before, least
+
+
+def _input_of(quantizer: Quantizer) -> str:
+    return f"{quantizer.site.name}/clip_ratio"
+
+
+def _take_clips(model: ir.Model, quantizers: Sequence[Quantizer]) -> None:
+    """Make the clip ratio of each quantizer an input of the graph."""
+    inputs = {each.node.name or "": _input_of(each) for each in quantizers}
     for node in model.graph:
         name = inputs.get(node.name or "")
         if name is None:

@@ -253,7 +253,6 @@ class _Runner:
                 return results
 
             yield compute
-            del session
 
     def _batches(self) -> Iterator[slice]:
         windows, length = self.calibration.tokens.shape

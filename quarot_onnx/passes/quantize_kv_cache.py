@@ -80,7 +80,7 @@ class QuantizeKvCachePass(Pass):
         append.replace_input_with(1, node.outputs[0])
 
     def _quantizer(self, operator: str, inputs: list[ir.Value], site: Site) -> ir.Node:
-        """The common form where one asymmetric scale per head is all there is, as in the kernels."""
+        """The common operator where a head has one asymmetric scale, as in the kernels."""
         is_common = not site.rounding.symmetric and not site.has_groups
         suffix = "Int8" if operator == "KvAppend" and not self.is_packed else ""
         name = f"{operator}{'' if is_common else 'Groups'}{suffix}"
