@@ -44,6 +44,21 @@ def _without_plugin(recipe: "Recipe") -> Iterator[str]:
     for name, bits in (("weights", weights.bits), ("activations", activations.bits)):
         if bits not in (4, 16):
             yield f"{name}.bits = {bits}: the GEMM plugin multiplies codes of 4 bits"
+    if activations.bits < 16:
+        if activations.mode != "symmetric":
+            yield f"activations.mode = {activations.mode}: no kernel writes zero points"
+        if activations.group_size:
+            size = activations.group_size
+            yield f"activations.group_size = {size}: a token has one scale in the plugins"
+        if activations.down_proj_bits not in (None, 4):
+            yield (
+                f"activations.down_proj_bits = {activations.down_proj_bits}: the GEMM plugin "
+                "multiplies codes of 4 bits"
+            )
+    if cache.bits < 16 and cache.mode != "asymmetric":
+        yield f"kv_cache.mode = {cache.mode}: the cache plugins write asymmetric codes"
+    if cache.bits < 16 and cache.group_size:
+        yield f"kv_cache.group_size = {cache.group_size}: a head has one scale in the plugins"
     if cache.bits < 16 and cache.io == "float":
         yield "kv_cache.io = float: a cache of rounded floats has no plugin"
     elif cache.bits not in (4, 16):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantize activations: dynamic scales for every token, integer products.
 
-    before:      y = (x @ codes) * w_scale
-    symmetric:   q, scale = QuantizeInt4(x);          y = Int4Gemm(q, codes) * scale * w_scale
-    asymmetric:  q, scale, zero = QuantizeGroups(x);  y = Int4GemmAsymmetric(q - zero, codes) * ...
-    groups:      the same, with a scale and zero point for each group of features: Int4GemmGroups
+    before:  y = (x @ codes) * w_scale
+    after:   q, scale = QuantizeInt4(x);          y = (q @ codes) * scale * w_scale
+    or, asymmetric or with a scale for each of several groups of features:
+             q, scale, zero = QuantizeGroups(x);  y = sum over groups of
+                                                      ((q - zero) @ codes) * scale * w_scale
 
 Lossy: x is rounded to ``bits`` bits; the product of codes is summed exactly in integers. Linears
 that read the same activation (q, k, v; gate, up) share one quantization. Bits, mode, clip and
