@@ -17,12 +17,13 @@ import onnx_ir.passes.common as common_passes
 
 from quarot_onnx import artifacts
 from quarot_onnx.calibration import Calibration
+from quarot_onnx.certificate import Certificate, Certifier
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UsageError
 from quarot_onnx.export.checkpoint import Checkpoint
 from quarot_onnx.export.huggingface import COMPANIONS, onnx_from_huggingface
 from quarot_onnx.export.polygraphy_run import save_polygraphy
-from quarot_onnx.passes import Report, pipeline, untie_embeddings
+from quarot_onnx.passes import Effect, Report, pipeline, untie_embeddings
 from quarot_onnx.recipe import Recipe
 
 DTYPES = {
@@ -41,15 +42,22 @@ class Rewritten:
         model: valid ONNX, not yet written.
         decoder: handles into it.
         reports: what each pass did, in order.
+        certificates: of each equivalent pass, by its name; empty where nothing was certified.
     """
 
     model: ir.Model
     decoder: Decoder
     reports: tuple[Report, ...]
+    certificates: dict[str, tuple[Certificate, ...]]
 
 
 def rewrite(
-    checkpoint: Checkpoint, recipe: Recipe, dtype: str, calibration: Calibration | None = None
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    dtype: str,
+    calibration: Calibration | None = None,
+    *,
+    certify: bool = False,
 ) -> Rewritten:
     """Trace the model and apply the recipe's passes.
 
@@ -60,8 +68,10 @@ def rewrite(
         recipe: rotations, bits and methods.
         dtype: a key of `DTYPES`, for the float parts.
         calibration: what calibrated methods may look at.
+        certify: measure what each equivalent pass changed, for which every weight is read.
 
     Raises:
+        GateError: an equivalent pass has changed the function.
         UsageError: a method of the recipe looks at text and there is no calibration.
         InputError: damaged weights.
         UnsupportedModelError: an architecture or a dimension that a pass refuses.
@@ -73,12 +83,21 @@ def rewrite(
     model = onnx_from_huggingface(checkpoint, DTYPES[dtype])
     reports = [untie_embeddings(model)]
     decoder = Decoder.locate(model)
-    reports += [apply() for apply in pipeline(recipe, decoder, calibration)]
+    passes = pipeline(recipe, decoder, calibration)
+    exact = [apply for apply in passes if apply.effect is Effect.EQUIVALENT]
+    certifier = Certifier(decoder) if certify else None
+    certificates: dict[str, tuple[Certificate, ...]] = {}
+    for apply in passes:
+        reports.append(apply())
+        if certifier is not None and apply.effect is Effect.EQUIVALENT:
+            certifier.record(apply.name, apply.restate)
+            if apply is exact[-1]:  # before a calibrated pass takes its hours
+                certificates = certifier.certify()
     common_passes.RemoveUnusedNodesPass()(model)
     _sort_initializers(model)
     model.metadata_props["quarot.recipe"] = recipe.name
     model.metadata_props["quarot.seed"] = str(recipe.seed)
-    return Rewritten(model, decoder, tuple(reports))
+    return Rewritten(model, decoder, tuple(reports), certificates)
 
 
 def _sort_initializers(model: ir.Model) -> None:
@@ -103,6 +122,7 @@ def export(
     dtype: str = "float32",
     calibration: Calibration | None = None,
     force: bool = False,
+    certify: bool = True,
     progress: artifacts.Progress | None = None,
 ) -> dict[str, Any]:
     """Export the Hugging Face model in `model_dir` to an artifact in `out_dir`.
@@ -114,6 +134,7 @@ def export(
         dtype: a key of `DTYPES`, for the float parts.
         calibration: what calibrated methods may look at; recipes without one leave it alone.
         force: replace an existing artifact.
+        certify: measure what each equivalent pass changed; costs about as much as the export.
         progress: called while weights are written.
 
     Returns:
@@ -124,7 +145,7 @@ def export(
     """
     with artifacts.publish(out_dir, force=force) as staging:
         checkpoint = Checkpoint(model_dir)
-        rewritten = rewrite(checkpoint, recipe, dtype, calibration)
+        rewritten = rewrite(checkpoint, recipe, dtype, calibration, certify=certify)
         artifacts.require_space(out_dir, artifacts.stored_bytes(rewritten.model))
         artifacts.save_model(rewritten.model, staging, progress)
         for name in COMPANIONS:
@@ -142,7 +163,10 @@ def export(
                 "targets": [asdict(target) for target in recipe.targets()],
                 **_calibrated(recipe, calibration),
                 "dtype": dtype,
-                "passes": [_report(report) for report in rewritten.reports],
+                "passes": [
+                    _report(report, rewritten.certificates.get(report.name, ()))
+                    for report in rewritten.reports
+                ],
             },
         )
         return artifacts.load_manifest(staging)
@@ -163,5 +187,9 @@ def _calibrated(recipe: Recipe, calibration: Calibration | None) -> dict[str, An
     }
 
 
-def _report(report: Report) -> dict[str, Any]:
-    return {**asdict(report), "effect": report.effect.value}
+def _report(report: Report, certificates: tuple[Certificate, ...]) -> dict[str, Any]:
+    return {
+        **asdict(report),
+        "effect": report.effect.value,
+        "certificates": [certificate.as_json() for certificate in certificates],
+    }

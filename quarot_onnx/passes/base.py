@@ -2,12 +2,14 @@
 """What every pass is: a declared effect, a check of all sites, a rewrite, a report."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UnsupportedModelError
+from quarot_onnx.weights import Float64
 
 APPLIED = "quarot.passes"
 """Model metadata: the passes applied so far, in order."""
@@ -49,12 +51,17 @@ class Pass(ABC):
 
     Valid ONNX before, valid ONNX after. `requires` looks at every site before `rewrite` changes the
     first, so that a refused model is untouched.
+
+    Attributes:
+        restate: the residual stream [..., hidden_size] after `rewrite`, from the stream before;
+            None where it is the same.
     """
 
     effect: ClassVar[Effect]
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
+        self.restate: Callable[[Float64], Float64] | None = None
 
     @property
     def name(self) -> str:
