@@ -88,10 +88,10 @@ def gemm_groups(
     centred = rows - by_group[1].astype(np.int64)  # [groups, rows, group_size]
     accumulator = centred @ w.astype(np.int64).reshape(groups, group_size, -1)
     scaled = (accumulator.astype(np.float32) * by_group[0]) * w_scale.reshape(-1, 1, w.shape[1])
-    total = scaled[0]
+    total: Array = scaled[0]
     for part in scaled[1:]:
         total = total + part
-    return total.reshape(*leading, -1).astype(dtype)
+    return total.reshape(*leading, w.shape[1]).astype(dtype)
 
 
 def fake_quantize_groups(

@@ -7,13 +7,13 @@ methods change some of them (`quarot_onnx.calibration.roundings`).
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import onnx_ir as ir
 
 from quarot_onnx import groups
-from quarot_onnx.decoder import Attention, Decoder
+from quarot_onnx.decoder import Attention, Decoder, Linear
 from quarot_onnx.errors import UnsupportedModelError
 from quarot_onnx.ops import Array, Float32
 from quarot_onnx.recipe import Activations, KvCache
@@ -68,6 +68,7 @@ class Site:
         layer: the index of its layer.
         name: the module of the first linear that reads it, or the attention's with ``/key`` or
             ``/value``.
+        readers: the modules of all linears that read it; of the cache, the name alone.
         kind: ``qkv``, ``o_proj``, ``gate_up``, ``down_proj``, ``keys`` or ``values``, as in
             `quarot_onnx.activations.SITES`.
         value: what the graph holds.
@@ -77,10 +78,15 @@ class Site:
 
     layer: int
     name: str
+    readers: tuple[str, ...]
     kind: str
     value: ir.Value
     features: int
     rounding: Rounding
+
+    def describe(self) -> dict[str, Any]:
+        """For the report of a pass."""
+        return {"site": self.name, "readers": list(self.readers), "kind": self.kind}
 
     @property
     def is_cached(self) -> bool:
@@ -99,26 +105,35 @@ def activation_sites(decoder: Decoder, activations: Activations) -> list[Site]:
     Raises:
         UnsupportedModelError: the groups do not divide an input.
     """
-    sites: dict[ir.Value, Site] = {}
+    sites: list[Site] = []
     for layer in decoder.layers:
         attention, mlp = layer.attention, layer.mlp
-        kinds = {attention.o: "o_proj", mlp.down: "down_proj"}
-        kinds |= dict.fromkeys((attention.q, attention.k, attention.v), "qkv")
+        kinds = {attention.o.node: "o_proj", mlp.down.node: "down_proj"}
+        kinds |= dict.fromkeys((linear.node for linear in mlp.readers), "gate_up")
+        readers: dict[ir.Value, list[Linear]] = {}
         for linear in layer.linears:
-            if linear.x in sites:
-                continue
-            kind = kinds.get(linear, "gate_up")
+            readers.setdefault(linear.x, []).append(linear)
+        for x, linears in readers.items():
+            first = linears[0]
+            kind = kinds.get(first.node, "qkv")
             bits, clip_ratio = activations.bits, activations.clip_ratio
             if kind == "down_proj" and activations.down_proj_bits is not None:
                 bits, clip_ratio = activations.down_proj_bits, activations.down_proj_clip_ratio
             size = _group_size(
-                activations.group_size, linear.in_features, decoder.hidden_size, linear.name
+                activations.group_size, first.in_features, decoder.hidden_size, first.name
             )
-            rounding = Rounding(bits, activations.mode != "asymmetric", clip_ratio, size)
-            sites[linear.x] = Site(
-                layer.index, linear.module, kind, linear.x, linear.in_features, rounding
+            sites.append(
+                Site(
+                    layer.index,
+                    first.module,
+                    tuple(linear.module for linear in linears),
+                    kind,
+                    x,
+                    first.in_features,
+                    Rounding(bits, activations.mode != "asymmetric", clip_ratio, size),
+                )
             )
-    return list(sites.values())
+    return sites
 
 
 def _group_size(asked: int, features: int, hidden_size: int, where: str) -> int:
@@ -146,37 +161,24 @@ def cache_sites(decoder: Decoder, cache: KvCache) -> list[Site]:
     Raises:
         UnsupportedModelError: the groups do not divide a head.
     """
-    return [
-        Site(
-            layer.index,
-            cache_site_name(layer.attention, kind),
-            f"{kind}s",
-            _new(append),
-            layer.attention.head_dim,
-            Rounding(
-                cache.bits,
-                cache.mode == "symmetric",
-                cache.clip_ratio,
-                _head_group_size(cache.group_size, layer.attention),
-            ),
-        )
-        for layer in decoder.layers
-        for append, kind in (
-            (layer.attention.key_append, "key"),
-            (layer.attention.value_append, "value"),
-        )
-    ]
+    sites = []
+    for layer in decoder.layers:
+        attention = layer.attention
+        size = _head_group_size(cache.group_size, attention)
+        rounding = Rounding(cache.bits, cache.mode == "symmetric", cache.clip_ratio, size)
+        for append, kind in ((attention.key_append, "key"), (attention.value_append, "value")):
+            name = cache_site_name(attention, kind)
+            new = append.inputs[1]
+            assert new is not None
+            sites.append(
+                Site(layer.index, name, (name,), f"{kind}s", new, attention.head_dim, rounding)
+            )
+    return sites
 
 
 def cache_site_name(attention: Attention, kind: str) -> str:
     """The name of the keys' (``key``) or values' (``value``) site."""
     return f"{(attention.node.name or '').rpartition('/')[0]}/{kind}"
-
-
-def _new(append: ir.Node) -> ir.Value:
-    value = append.inputs[1]
-    assert value is not None
-    return value
 
 
 def _head_group_size(asked: int, attention: Attention) -> int:
@@ -228,8 +230,7 @@ class Choice:
         """One entry per site: what was decided, and what was measured."""
         return [
             {
-                "site": site.name,
-                "kind": site.kind,
+                **site.describe(),
                 **site.rounding.describe(),
                 **self.measured.get(site.name, {}),
             }
@@ -249,3 +250,21 @@ class Choice:
         clips = sorted({r.clip_ratio for r in roundings})
         parts.append(f"clip {' to '.join(f'{c:g}' for c in dict.fromkeys((clips[0], clips[-1])))}")
         return ", ".join(parts)
+
+
+def roundings_of(manifest: Mapping[str, Any]) -> dict[str, Rounding]:
+    """What an artifact's passes report: the rounding of each linear's module and cache site."""
+    found: dict[str, Rounding] = {}
+    for report in manifest["passes"]:
+        for record in report.get("records", ()):
+            for name in record.get("readers", ()):
+                if report["name"] in ("QuantizeActivations", "QuantizeKvCache"):
+                    found[name] = Rounding(
+                        record["bits"],
+                        record["mode"] == "symmetric",
+                        record["clip_ratio"],
+                        record["group_size"],
+                    )
+                elif report["name"] == "SearchClips":
+                    found[name] = replace(found[name], clip_ratio=record["clip_ratio"])
+    return found

@@ -124,4 +124,4 @@ def _negative_log_likelihood(logits: Float32, targets: np.ndarray[Any, Any]) -> 
     largest = logits.max(axis=-1, keepdims=True)
     total = np.log(np.exp(logits - largest).sum(axis=-1, dtype=np.float64)) + largest[..., 0]
     chosen = np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return float((total - chosen).sum())
+    return float(np.sum(total - chosen))

@@ -44,8 +44,7 @@ class SearchClipsPass(Pass):
         logits = next(v for v in self.decoder.model.graph.outputs if v.name == "logits")
         records = [
             {
-                "site": quantizer.site.name,
-                "kind": quantizer.site.kind,
+                **quantizer.site.describe(),
                 "clip_ratio": quantizer.clip_ratio,
                 "clip_ratio_before": before,
                 "perplexity": math.exp(loss),

@@ -55,6 +55,7 @@ def test_golden_in_asymmetric_groups() -> None:
     )
     assert report.records[3] == {
         "site": "/layers.0/down_proj",
+        "readers": ["/layers.0/down_proj"],
         "kind": "down_proj",
         "bits": 8,
         "mode": "asymmetric",

@@ -53,6 +53,7 @@ def test_golden_in_groups() -> None:
     assert_golden("quantize_kv_cache_groups", before, text(decoder.model))
     assert report.records[0] == {
         "site": "/layers.0/key",
+        "readers": ["/layers.0/key"],
         "kind": "keys",
         "bits": 3,
         "mode": "symmetric",
