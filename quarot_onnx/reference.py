@@ -225,7 +225,7 @@ def _rounded(x: torch.Tensor, rounding: Rounding) -> tuple[torch.Tensor, torch.T
 
     x [..., features] is cut into groups of `rounding.group_size`.
     """
-    x = x.unflatten(-1, (-1, rounding.group_size))
+    x = x.reshape(*x.shape[:-1], -1, rounding.group_size)
     if rounding.symmetric:
         top = 2 ** (rounding.bits - 1) - 1
         span, bottom, zero = x.abs().amax(dim=-1, keepdim=True), -top - 1, torch.zeros(())
@@ -284,7 +284,7 @@ class CodeLinear(torch.nn.Module):
         largest_weight = 2 ** (self.settings.recipe.weights.bits - 1)
         largest = 2**rounding.bits * largest_weight * rounding.group_size
         exact = torch.float32 if largest < _EXACT_FLOAT32 else torch.float64
-        weight = self.weight.to(exact).unflatten(-1, (-1, rounding.group_size))
+        weight = self.weight.to(exact).reshape(len(self.weight), -1, rounding.group_size)
         sums = torch.einsum("...gi,ogi->...go", codes.to(exact), weight)
         return (sums.float() * step).sum(dim=-2)
 

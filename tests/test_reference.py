@@ -209,7 +209,7 @@ def test_the_graph_computes_what_plain_pytorch_computes_with_its_codes(
     rounding = np.linalg.norm(expected - plain, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert np.median(error) < 1e-5
     assert (error < 2 * rounding).all()
-    assert np.median(rounding) > 0.05
+    assert np.median(rounding) > (0.01 if recipe == "w6a6kv6" else 0.05)
 
 
 @pytest.mark.parametrize("recipe", ["rotate-only", "float"])

@@ -116,7 +116,7 @@ def _loss(compute: Compute, calibration: Calibration, clips: Mapping[str, float]
         total += _negative_log_likelihood(logits[:, :-1], tokens[rows, 1:])
         first = rows.stop
         step = max(1, _LOGITS_AT_ONCE // logits[0].size)
-    return total / (len(tokens) * (tokens.shape[1] - 1))
+    return total / tokens[:, 1:].size
 
 
 def _negative_log_likelihood(logits: Float32, targets: np.ndarray[Any, Any]) -> float:
