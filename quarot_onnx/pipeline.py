@@ -17,7 +17,7 @@ import onnx_ir.passes.common as common_passes
 
 from quarot_onnx import artifacts
 from quarot_onnx.calibration import Calibration
-from quarot_onnx.certificate import Certificate, Certifier
+from quarot_onnx.certificate import Certificate, Certifier, Restate
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UsageError
 from quarot_onnx.export.checkpoint import Checkpoint
@@ -25,6 +25,7 @@ from quarot_onnx.export.huggingface import COMPANIONS, onnx_from_huggingface
 from quarot_onnx.export.polygraphy_run import save_polygraphy
 from quarot_onnx.passes import Effect, Report, pipeline, untie_embeddings
 from quarot_onnx.recipe import Recipe
+from quarot_onnx.weights import Float64
 
 DTYPES = {
     "float32": ir.DataType.FLOAT,
@@ -43,12 +44,20 @@ class Rewritten:
         decoder: handles into it.
         reports: what each pass did, in order.
         certificates: of each equivalent pass, by its name; empty where nothing was certified.
+        restated: what the passes did to the residual stream, in order.
     """
 
     model: ir.Model
     decoder: Decoder
     reports: tuple[Report, ...]
     certificates: dict[str, tuple[Certificate, ...]]
+    restated: tuple[Restate, ...]
+
+    def state(self, x: Float64) -> Float64:
+        """The residual stream x [..., hidden_size] of the original model as it is in this one."""
+        for restate in self.restated:
+            x = restate(x)
+        return x
 
 
 def rewrite(
@@ -97,7 +106,8 @@ def rewrite(
     _sort_initializers(model)
     model.metadata_props["quarot.recipe"] = recipe.name
     model.metadata_props["quarot.seed"] = str(recipe.seed)
-    return Rewritten(model, decoder, tuple(reports), certificates)
+    restated = tuple(apply.restate for apply in passes if apply.restate is not None)
+    return Rewritten(model, decoder, tuple(reports), certificates, restated)
 
 
 def _sort_initializers(model: ir.Model) -> None:

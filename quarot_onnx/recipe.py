@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -77,6 +77,12 @@ class _Rounded(_Spec):
     def is_calibrated(self) -> bool:
         """Whether a choice needs calibration text."""
         return self.mode in ("skew", "error") or self.clip != "fixed"
+
+    def uncalibrated(self) -> Self:
+        """The same bits and groups, and nothing that is chosen on text."""
+        usual = type(self).model_fields["mode"].default
+        mode = usual if self.mode in ("skew", "error") else self.mode
+        return self.model_copy(update={"mode": mode, "clip": "fixed"})
 
 
 class Activations(_Rounded):

@@ -111,6 +111,29 @@ def show_verdict(content: dict[str, Any]) -> None:
     )
 
 
+def show_bisection(content: dict[str, Any]) -> None:
+    """Each part of the model, up to the first that leaves the reference."""
+    departure = content["departure"]
+    where = departure["site"] if departure else None
+    _table(
+        "float model: off from Hugging Face; artifact: off from a new export",
+        ["", "part", "float model", "rounding", "artifact"],
+        [
+            [
+                "✗" if site["name"] == where else "✓",
+                site["name"],
+                _number(site["to_hugging_face"]),
+                _number(site["rounding"]),
+                _number(site["to_export"]),
+            ]
+            for site in content["sites"]
+        ],
+        numeric=3,
+    )
+    if departure is None:
+        print("the artifact follows its reference to the end")
+
+
 def show_evaluation(content: dict[str, Any]) -> None:
     """Perplexities side by side."""
     baselines = content.get("baselines", {})
@@ -194,3 +217,11 @@ def _table(title: str, columns: list[str], rows: list[list[str]], numeric: int =
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     Console(highlight=False).print(table)
+
+
+def show_repository(repository: Path, manifest: dict[str, Any]) -> None:
+    """What was written and how to start it."""
+    settings = ", ".join(f"{key} {value}" for key, value in manifest["parameters"].items())
+    print(f"wrote {repository}: model {manifest['model']} ({settings})")
+    print(f"next: {repository}/run.sh")
+    print(f'      {repository}/client.py "Once upon a time" --model {manifest["model"]}')
