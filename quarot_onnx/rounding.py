@@ -13,8 +13,9 @@ from typing import Any
 import onnx_ir as ir
 
 from quarot_onnx import groups
-from quarot_onnx.decoder import Attention, Decoder, Linear
+from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UnsupportedModelError
+from quarot_onnx.handles import Attention, Linear
 from quarot_onnx.ops import Array, Float32
 from quarot_onnx.recipe import Activations, KvCache
 
@@ -69,8 +70,7 @@ class Site:
         name: the module of the first linear that reads it, or the attention's with ``/key`` or
             ``/value``.
         readers: the modules of all linears that read it; of the cache, the name alone.
-        kind: ``qkv``, ``o_proj``, ``gate_up``, ``down_proj``, ``keys`` or ``values``, as in
-            `quarot_onnx.activations.SITES`.
+        kind: ``qkv``, ``o_proj``, ``gate_up``, ``down_proj``, ``keys`` or ``values``.
         value: what the graph holds.
         features: of a row.
         rounding: by the recipe.
@@ -107,12 +107,14 @@ def activation_sites(decoder: Decoder, activations: Activations) -> list[Site]:
     """
     sites: list[Site] = []
     for layer in decoder.layers:
-        attention, mlp = layer.attention, layer.mlp
-        kinds = {attention.o.node: "o_proj", mlp.down.node: "down_proj"}
-        kinds |= dict.fromkeys((linear.node for linear in mlp.readers), "gate_up")
+        kinds = {layer.attention.o.node: "o_proj"}
+        for mlp in layer.mlps:
+            kinds |= {reader.node: "gate_up" for reader in mlp.readers} | {
+                mlp.down.node: "down_proj"
+            }
         readers: dict[ir.Value, list[Linear]] = {}
         for linear in layer.linears:
-            readers.setdefault(linear.x, []).append(linear)
+            readers.setdefault(rounded_value(linear), []).append(linear)
         for x, linears in readers.items():
             first = linears[0]
             kind = kinds.get(first.node, "qkv")
@@ -134,6 +136,24 @@ def activation_sites(decoder: Decoder, activations: Activations) -> list[Site]:
                 )
             )
     return sites
+
+
+def moved_rows(node: ir.Node | None) -> ir.Value | None:
+    """The rows that `node` copies or groups for the experts of a mixture, if that is what it does.
+
+    Rounding a row and moving it commute.
+    """
+    if node is None or node.attributes.get_int("axis", 0) != 0:
+        return None
+    return node.inputs[0] if node.op_type in ("Gather", "Split") else None
+
+
+def rounded_value(linear: Linear) -> ir.Value:
+    """What is rounded for `linear`: its input, before rows of it were copied or grouped."""
+    value = linear.x
+    while (rows := moved_rows(value.producer())) is not None:
+        value = rows
+    return value
 
 
 def _group_size(asked: int, features: int, hidden_size: int, where: str) -> int:

@@ -4,8 +4,13 @@
 Every function takes what ``--json`` would print. Rich is imported when something is printed.
 """
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quarot_onnx.comparison.measure import Measured
 
 
 def show_recipes(recipes: list[dict[str, Any]]) -> None:
@@ -151,11 +156,41 @@ def show_evaluation(content: dict[str, Any]) -> None:
     )
     for name, removed in content.get("damage_removed", {}).items():
         print(f"{removed:.1%} of the damage is removed, in log-perplexity against: {labels[name]}")
+    if agreed := content.get("agreement"):
+        print(
+            f"against fp32: KL divergence {agreed['kl_divergence']:.4g} nats per token, "
+            f"top-1 agreement {agreed['top1_agreement']:.1%}"
+        )
     if decode := content.get("decode"):
         print(
             f"token by token through the cache: perplexity {decode['perplexity']:.3f}, "
             f"top-1 agreement with one pass {decode['top1_agreement']:.1%}"
         )
+
+
+def show_comparison(out_dir: Path, content: dict[str, Any], rows: Sequence["Measured"]) -> None:
+    """Recipes side by side, the least loss first."""
+    share = [f"of {content['baseline']}"] if content["baseline"] else []
+    _table(
+        f"{content['windows']} windows of {content['window_length']} tokens of {content['text']}; "
+        f"fp32: {content['fp32']:.3f}",
+        ["recipe", "bits", "perplexity", "loss", *share, "KL", "top-1", "MB"],
+        [
+            [
+                row.recipe,
+                row.bits,
+                f"{row.perplexity:,.3f}",
+                f"{row.loss:.4f}",
+                *(["" if row.share is None else f"{row.share:.0%}"] if share else []),
+                f"{row.kl_divergence:.4f}",
+                f"{row.top1_agreement:.1%}",
+                f"{row.bytes / 1e6:.2f}",
+            ]
+            for row in sorted(rows, key=lambda row: row.loss)
+        ],
+        numeric=6 + len(share),
+    )
+    print(f"wrote {out_dir}: comparison.html, comparison.md, comparison.json")
 
 
 _ROTATIONS = (
@@ -200,7 +235,7 @@ def show_inspection(found: dict[str, Any], *, all_layers: bool) -> None:
         ],
         numeric=2,
     )
-    shown = [row for row in found["linears"] if all_layers or row["layer"] in (None, 0)]
+    shown = _one_expert([r for r in found["linears"] if all_layers or r["layer"] in (None, 0)])
     _table(
         "Linears" if all_layers else f"Linears of layer 0 (of {found['layers']}) and the head",
         ["layer", "linear", "rotated by", "shape", "W", "A", "size"],
@@ -221,6 +256,20 @@ def show_inspection(found: dict[str, Any], *, all_layers: bool) -> None:
     _table("Cache of layer 0", ["input", "dtype", "shape"], [list(row) for row in found["cache"]])
     counts = ", ".join(f"{count} {name}" for name, count in found["operators"].items())
     print(f"quarot operators: {counts or 'none'}")
+
+
+def _one_expert(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` with one row in place of those of all experts of a layer."""
+    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        name = re.sub(r"\.experts\.\d+\.", ".experts.*.", row["name"])
+        first = merged.setdefault((row["layer"], name), {**row, "name": name, "bytes": 0, "of": 0})
+        first["bytes"] += row["bytes"]
+        first["of"] += 1
+    for row in merged.values():
+        if row["of"] > 1:
+            row["name"] += f" ({row['of']})"
+    return list(merged.values())
 
 
 def _size(count: float) -> str:

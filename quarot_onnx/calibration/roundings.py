@@ -101,6 +101,8 @@ def decide(rows: Float32, rounding: Rounding, section: Activations | KvCache) ->
         rounding: the recipe's, with its clip ratio for where none is searched.
         section: the mode and clip methods, and the thresholds of the mode.
     """
+    if not rows.any():  # an expert that no token of the text has visited
+        return Decision(rounding, {})
     shape = Shape.of(rows.reshape(-1, rounding.group_size))
     modes = {"symmetric": (True,), "asymmetric": (False,), "error": (True, False)}
     if section.mode == "skew":
@@ -164,24 +166,28 @@ class Roundings:
             sites += activation_sites(self._decoder, self._recipe.activations)
         if self._recipe.kv_cache.bits < _FLOAT_BITS:
             sites += cache_sites(self._decoder, self._recipe.kv_cache)
-        is_open = {site.name: site for site in sites if self._is_open(site)}
+        sites = [site for site in sites if self._is_open(site)]
         decisions = {}
         for run in walk(self._decoder, self._calibration):
-            values = {name: value for name, value in run.sites.items() if name in is_open}
+            own = {site.name: site for site in sites if site.layer == run.layer.index}
+            values = {name: site.value for name, site in own.items()}
             for name, rows in _sampled(run, values, self._calibration.tokens.size).items():
-                site = is_open[name]
+                site = own[name]
                 by_row = rows.reshape(-1, site.features)
                 decisions[name] = decide(by_row, site.rounding, self._section(site))
         return decisions
 
 
 def _sampled(run: LayerRun, values: Mapping[str, ir.Value], tokens: int) -> dict[str, Float32]:
-    """At most about `_ROWS` evenly spaced tokens [n, features] of each of `values`."""
+    """About `_ROWS` evenly spaced tokens [n, features] of each of `values`.
+
+    Of rows that are copied for several experts there are as many times more.
+    """
     stride = max(1, tokens // _ROWS)
     kept: dict[str, list[Float32]] = {name: [] for name in values}
-    seen = 0
+    seen = dict.fromkeys(values, 0)
     for batch in run.capture(values):
         for name, rows in batch.items():
-            kept[name].append(rows[-seen % stride :: stride].copy())
-        seen += len(rows)
+            kept[name].append(rows[-seen[name] % stride :: stride].copy())
+            seen[name] += len(rows)
     return {name: np.concatenate(parts) for name, parts in kept.items()}

@@ -48,7 +48,7 @@ def pipeline(
     if rotations.r3:
         passes.append(InsertR3Pass(decoder, plan(attention.head_dim)))
     if rotations.r4:
-        passes.append(InsertR4Pass(decoder, plan(decoder.layers[0].mlp.down.in_features)))
+        passes.append(InsertR4Pass(decoder))
     if (weights := recipe.weights).bits < 16:
         passes.append(
             QuantizeWeightsPass(decoder, bits=weights.bits, clip_search=weights.clip_search)

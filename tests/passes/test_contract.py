@@ -29,7 +29,7 @@ BUILD: dict[type[Pass], Callable[[Decoder], Pass]] = {
     package.FuseR2Pass: lambda d: package.FuseR2Pass(d, plan(4)),
     package.InsertHeadsHadamardPass: lambda d: package.InsertHeadsHadamardPass(d, plan(4)),
     package.InsertR3Pass: lambda d: package.InsertR3Pass(d, plan(4)),
-    package.InsertR4Pass: lambda d: package.InsertR4Pass(d, plan(12)),
+    package.InsertR4Pass: package.InsertR4Pass,
     package.QuantizeWeightsPass: lambda d: package.QuantizeWeightsPass(d, bits=4, clip_search=True),
     package.QuantizeActivationsPass: lambda d: package.QuantizeActivationsPass(
         d, Roundings(d, Recipe(), None).of_activations, weight_bits=4
