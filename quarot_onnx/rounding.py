@@ -7,7 +7,7 @@ methods change some of them (`quarot_onnx.calibration.roundings`).
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -50,15 +50,6 @@ class Rounding:
     def mode(self) -> str:
         """``symmetric`` or ``asymmetric``."""
         return "symmetric" if self.symmetric else "asymmetric"
-
-    def describe(self) -> dict[str, Any]:
-        """For the report of a pass."""
-        return {
-            "bits": self.bits,
-            "mode": self.mode,
-            "clip_ratio": self.clip_ratio,
-            "group_size": self.group_size,
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,7 +242,7 @@ class Choice:
         return [
             {
                 **site.describe(),
-                **site.rounding.describe(),
+                **asdict(site.rounding),
                 **self.measured.get(site.name, {}),
             }
             for site in self.sites
@@ -272,6 +263,9 @@ class Choice:
         return ", ".join(parts)
 
 
+_ROUNDING = tuple(each.name for each in fields(Rounding))
+
+
 def roundings_of(manifest: Mapping[str, Any]) -> dict[str, Rounding]:
     """What an artifact's passes report: the rounding of each linear's module and cache site."""
     found: dict[str, Rounding] = {}
@@ -279,12 +273,7 @@ def roundings_of(manifest: Mapping[str, Any]) -> dict[str, Rounding]:
         for record in report.get("records", ()):
             for name in record.get("readers", ()):
                 if report["name"] in ("QuantizeActivations", "QuantizeKvCache"):
-                    found[name] = Rounding(
-                        record["bits"],
-                        record["mode"] == "symmetric",
-                        record["clip_ratio"],
-                        record["group_size"],
-                    )
+                    found[name] = Rounding(**{key: record[key] for key in _ROUNDING})
                 elif report["name"] == "SearchClips":
                     found[name] = replace(found[name], clip_ratio=record["clip_ratio"])
     return found

@@ -58,7 +58,7 @@ def test_golden_in_asymmetric_groups() -> None:
         "readers": ["/layers.0/down_proj"],
         "kind": "down_proj",
         "bits": 8,
-        "mode": "asymmetric",
+        "symmetric": False,
         "clip_ratio": 1.0,
         "group_size": 4,
     }

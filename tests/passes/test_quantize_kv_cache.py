@@ -56,7 +56,7 @@ def test_golden_in_groups() -> None:
         "readers": ["/layers.0/key"],
         "kind": "keys",
         "bits": 3,
-        "mode": "symmetric",
+        "symmetric": True,
         "clip_ratio": 0.95,
         "group_size": 2,
     }
