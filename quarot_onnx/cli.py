@@ -8,7 +8,7 @@ the commands that use them, so that ``--help`` answers at once.
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,6 +20,8 @@ from quarot_onnx.errors import InputError, QuarotError, ResourceError, UsageErro
 
 if TYPE_CHECKING:
     from quarot_onnx.artifacts import Progress
+    from quarot_onnx.calibration import Calibration
+    from quarot_onnx.recipe import Recipe as Resolved
 
 EXIT_CODES = """Exit codes: 0 ok, 1 a bug, 2 usage or recipe, 3 bad input, 4 unsupported model,
 5 environment, 6 disk or memory, 10 accuracy gate failed."""
@@ -100,6 +102,17 @@ def export(
     recipe: Recipe = "w4a4kv4",
     settings: Settings = None,
     dtype: Dtype = "float32",
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="What calibrated methods look at: a .txt, .jsonl or .parquet file, or one of "
+            "embedded, wikitext2, wikitext103, c4, ptb, pile."
+        ),
+    ] = "embedded",
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep finished layers in OUT_DIR.calibration; go on there."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
     certify: Annotated[
         bool,
@@ -126,15 +139,18 @@ def export(
         return
     from quarot_onnx.pipeline import export as run_export  # noqa: PLC0415
 
-    with _progress("writing weights") as progress:
+    with _phases() as phase:
         manifest = run_export(
             model_dir,
             out_dir,
             resolved,
             dtype=dtype,
+            calibration=_calibration(model_dir, calibration, resolved),
             force=force,
             certify=certify,
-            progress=progress,
+            resume=resume,
+            progress=phase("writing weights", "MB"),
+            calibrating=phase("calibrating", "layers"),
         )
     _emit(manifest, as_json, lambda: tables.show_manifest(out_dir, manifest))
 
@@ -199,6 +215,65 @@ def _bisect(artifact: Path, reference: Path | None, as_json: bool, save_json: Pa
     content = found.as_json()
     _emit(content, as_json, lambda: tables.show_bisection(content), save_json)
     found.require_followed(artifact)
+
+
+@app.command()
+def build(
+    artifact: Artifact,
+    engine_dir: Annotated[Path, typer.Argument(help="Where the engine goes; created.")],
+    onnx_only: Annotated[
+        bool, typer.Option("--onnx-only", help="Lower and lint the graph; build no engine.")
+    ] = False,
+    max_batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    max_input_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of one step; 512 at most by default.")
+    ] = None,
+    max_seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a row: the cache.")] = 2048,
+    tensorrt_version: Annotated[
+        str | None,
+        typer.Option(help="With --onnx-only: the TensorRT to lower for, such as 10.13."),
+    ] = None,
+    activation_layout: Annotated[
+        Literal["packed", "split"],
+        typer.Option(help="Of codes between plugins; split is for compute capability 9.0."),
+    ] = "packed",
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="Read and written: what earlier builds measured.")
+    ] = None,
+    workspace_mb: Annotated[int | None, typer.Option(min=1, help="Scratch memory.")] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="TensorRT's builder level.")
+    ] = None,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="Keep weights in host memory.")
+    ] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Later minor releases can run it.")
+    ] = False,
+    refit: Annotated[bool, typer.Option("--refit", help="Weights can be replaced.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing directory.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Lower an artifact for TensorRT, lint it, and build its engine."""
+    from quarot_onnx.export.tensorrt import engine  # noqa: PLC0415
+
+    limits = engine.Limits(max_batch, max_input_len or min(512, max_seq_len), max_seq_len)
+    options = engine.BuildOptions(
+        onnx_only=onnx_only,
+        tensorrt_version=tensorrt_version,
+        activation_layout=activation_layout,
+        timing_cache=timing_cache,
+        workspace_mb=workspace_mb,
+        optimization_level=optimization_level,
+        weight_streaming=weight_streaming,
+        version_compatible=version_compatible,
+        refit=refit,
+    )
+    with _progress("writing weights") as progress:
+        manifest = engine.build(
+            artifact, engine_dir, limits, options, force=force, progress=progress
+        )
+    _emit(manifest, as_json, lambda: tables.show_build(engine_dir, manifest))
 
 
 @app.command(name="eval")
@@ -456,6 +531,24 @@ def _window_count(text: str) -> int | None:
     return int(text)
 
 
+def _calibration(model_dir: Path, source: str, recipe: "Resolved") -> "Calibration | None":
+    """The tokens of `source` that the methods of `recipe` may look at, if any looks."""
+    if not recipe.is_calibrated:
+        return None
+    from quarot_onnx import texts  # noqa: PLC0415
+    from quarot_onnx.calibration import Calibration  # noqa: PLC0415
+    from quarot_onnx.runtime import load_tokenizer  # noqa: PLC0415
+
+    found = texts.calibration_windows(
+        source,
+        load_tokenizer(model_dir),
+        count=recipe.calibration.windows,
+        length=recipe.calibration.window_length,
+        seed=recipe.seed,
+    )
+    return Calibration.of(found.tokens, found.source)
+
+
 # --- Output --------------------------------------------------------------------------------------
 
 
@@ -494,6 +587,13 @@ def _load_json(path: Path | None) -> dict[str, Any] | None:
 @contextmanager
 def _progress(label: str, unit: str = "MB") -> "Iterator[Progress]":
     """A progress bar on a terminal's standard error; silent in a pipe."""
+    with _phases() as phase:
+        yield phase(label, unit)
+
+
+@contextmanager
+def _phases() -> "Iterator[Callable[[str, str], Progress]]":
+    """One bar for work in phases: (label, unit) -> what updates it while that phase runs."""
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
@@ -509,9 +609,13 @@ def _progress(label: str, unit: str = "MB") -> "Iterator[Progress]":
     ) as bar:
         task = bar.add_task("preparing", total=None, done="")
 
-        def update(done: int, total: int) -> None:
+        def phase(label: str, unit: str) -> "Callable[[int, int], None]":
             size = 1e6 if unit == "MB" else 1
-            text = f"{done / size:,.0f} / {total / size:,.0f} {unit}"
-            bar.update(task, description=label, completed=done, total=total, done=text)
 
-        yield update
+            def update(done: int, total: int) -> None:
+                text = f"{done / size:,.0f} / {total / size:,.0f} {unit}"
+                bar.update(task, description=label, completed=done, total=total, done=text)
+
+            return update
+
+        yield phase

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quarot_onnx.artifacts import load_manifest
+from quarot_onnx.calibration import Calibration, require_unseen
 from quarot_onnx.errors import GateError
 from quarot_onnx.runtime import CausalModel, Ids, Logits, OnnxModel, load_tokenizer
 from quarot_onnx.texts import evaluation_windows
@@ -211,8 +212,8 @@ def evaluate(
     Returns:
         For JSON: ``perplexity``, ``windows``, ``window_length``, ``tokens`` (of the text),
         ``recipe``, ``runtime``, ``cache_bytes_per_token``, and where asked ``decode``,
-        ``agreement``, ``baselines`` and ``damage_removed``: the share, in log-perplexity, by
-        baseline.
+        ``agreement``, ``layer_snr_db`` (of float32 artifacts; None is no noise), ``baselines`` and
+        ``damage_removed``: the share, in log-perplexity, by baseline.
 
     Raises:
         InputError: the text is unreadable or too short, the artifact is damaged.
@@ -222,6 +223,7 @@ def evaluate(
     manifest = load_manifest(artifact)
     read = evaluation_windows(text, load_tokenizer(artifact), count=count, length=length)
     cut = read.tokens
+    require_unseen(artifact, cut, str(text))
     model = OnnxModel(artifact, runtime=runtime, threads=threads)
     shares = iter(_shares(progress, 1 + decode + (0 if reference is None else _BASELINES)))
     agreed = None
@@ -256,10 +258,18 @@ def evaluate(
             "kl_divergence": agreed.kl_divergence,
             "top1_agreement": agreed.top1_agreement,
         }
+        if manifest["dtype"] == "float32":  # a coarser embedding does not tell the map
+            result["layer_snr_db"] = _layer_noise(reference, artifact, cut, threads)
         found = {
             "fp32": agreed.reference_perplexity,
             **baselines(
-                reference, manifest, cut, runtime=runtime, threads=threads, progress=list(shares)
+                reference,
+                manifest,
+                cut,
+                runtime=runtime,
+                threads=threads,
+                calibration=Calibration.load(artifact),
+                progress=list(shares),
             ),
         }
         result["baselines"] = found
@@ -270,6 +280,21 @@ def evaluate(
             if (damage := math.log(found[name] / found["fp32"])) > 0
         }
     return result
+
+
+def _layer_noise(
+    reference: Path, artifact: Path, windows: Ids, threads: int | None
+) -> list[float | None]:
+    """`observation.layer_noise` on the first window, against an export of `reference` as it is."""
+    from quarot_onnx.observation import layer_noise  # noqa: PLC0415  # imports torch
+    from quarot_onnx.pipeline import export  # noqa: PLC0415  # imports torch
+    from quarot_onnx.recipe import load_recipe  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory(prefix="quarot-onnx-") as directory:
+        original = Path(directory) / "float"
+        export(reference, original, load_recipe("float"), certify=False)
+        found = layer_noise(original, artifact, windows[:1], threads=threads)
+    return [value if math.isfinite(value) else None for value in found]
 
 
 def _shares(progress: Progress | None, parts: int) -> list[Progress | None]:
@@ -290,6 +315,7 @@ def baselines(
     *,
     runtime: str = "ort-cpu",
     threads: int | None = None,
+    calibration: Calibration | None = None,
     progress: Sequence[Progress | None] = (None,) * _BASELINES,
 ) -> dict[str, float]:
     """Perplexities to stand beside a rotated model's, on the same windows.
@@ -300,6 +326,7 @@ def baselines(
         windows: [N, T].
         runtime: where the exports run.
         threads: of one operator.
+        calibration: the artifact's, where its recipe has one.
         progress: for each of the baselines, called after each batch of windows.
 
     Returns:
@@ -334,6 +361,7 @@ def baselines(
                 out,
                 recipe.model_copy(update={"name": name, "rotations": off}),
                 dtype=manifest["dtype"],
+                calibration=calibration,
                 certify=False,
             )
             model = OnnxModel(out, runtime=runtime, threads=threads)

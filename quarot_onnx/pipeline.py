@@ -7,7 +7,11 @@
 Weights stay on disk until the last step, which computes each one as it is written.
 """
 
+import importlib.metadata
+import resource
 import shutil
+import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,13 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from quarot_onnx import artifacts
-from quarot_onnx.calibration import Calibration
+from quarot_onnx.calibration import Calibration, Journal
 from quarot_onnx.certificate import Certificate, Certifier, Restate
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UsageError
+from quarot_onnx.export.architectures import load_config
 from quarot_onnx.export.checkpoint import Checkpoint
+from quarot_onnx.export.genai import save_genai_config
 from quarot_onnx.export.huggingface import COMPANIONS, onnx_from_huggingface
 from quarot_onnx.export.polygraphy_run import save_polygraphy
 from quarot_onnx.passes import Effect, Report, pipeline, untie_embeddings
@@ -44,6 +50,7 @@ class Rewritten:
         decoder: handles into it.
         reports: what each pass did, in order.
         certificates: of each equivalent pass, by its name; empty where nothing was certified.
+        seconds: that the passes took, certificates apart.
         restated: what the passes did to the residual stream, in order.
     """
 
@@ -51,6 +58,7 @@ class Rewritten:
     decoder: Decoder
     reports: tuple[Report, ...]
     certificates: dict[str, tuple[Certificate, ...]]
+    seconds: float
     restated: tuple[Restate, ...]
 
     def state(self, x: Float64) -> Float64:
@@ -67,6 +75,8 @@ def rewrite(
     calibration: Calibration | None = None,
     *,
     certify: bool = False,
+    journal: Journal | None = None,
+    progress: artifacts.Progress | None = None,
 ) -> Rewritten:
     """Trace the model and apply the recipe's passes.
 
@@ -77,6 +87,8 @@ def rewrite(
         recipe: rotations, bits and methods.
         dtype: a key of `DTYPES`, for the float parts.
         calibration: what calibrated methods may look at.
+        journal: where finished layers are kept; a temporary one where None.
+        progress: called with the layers done and the layers in all, by each calibrated pass.
         certify: measure what each equivalent pass changed, for which every weight is read.
 
     Raises:
@@ -92,12 +104,15 @@ def rewrite(
     model = onnx_from_huggingface(checkpoint, DTYPES[dtype])
     reports = [untie_embeddings(model)]
     decoder = Decoder.locate(model)
-    passes = pipeline(recipe, decoder, calibration)
+    passes = pipeline(recipe, decoder, calibration, journal=journal, progress=progress)
     exact = [apply for apply in passes if apply.effect is Effect.EQUIVALENT]
     certifier = Certifier(decoder) if certify else None
     certificates: dict[str, tuple[Certificate, ...]] = {}
+    seconds = 0.0
     for apply in passes:
+        started = time.perf_counter()
         reports.append(apply())
+        seconds += time.perf_counter() - started
         if certifier is not None and apply.effect is Effect.EQUIVALENT:
             certifier.record(apply.name, apply.restate)
             if apply is exact[-1]:  # before a calibrated pass takes its hours
@@ -107,7 +122,7 @@ def rewrite(
     model.metadata_props["quarot.recipe"] = recipe.name
     model.metadata_props["quarot.seed"] = str(recipe.seed)
     restated = tuple(apply.restate for apply in passes if apply.restate is not None)
-    return Rewritten(model, decoder, tuple(reports), certificates, restated)
+    return Rewritten(model, decoder, tuple(reports), certificates, seconds, restated)
 
 
 def _sort_initializers(model: ir.Model) -> None:
@@ -132,8 +147,10 @@ def export(
     dtype: str = "float32",
     calibration: Calibration | None = None,
     force: bool = False,
+    resume: bool = False,
     certify: bool = True,
     progress: artifacts.Progress | None = None,
+    calibrating: artifacts.Progress | None = None,
 ) -> dict[str, Any]:
     """Export the Hugging Face model in `model_dir` to an artifact in `out_dir`.
 
@@ -144,8 +161,11 @@ def export(
         dtype: a key of `DTYPES`, for the float parts.
         calibration: what calibrated methods may look at; recipes without one leave it alone.
         force: replace an existing artifact.
+        resume: keep what a calibrated pass has finished in ``OUT_DIR.calibration``, and go on from
+            what is there; it is removed when the artifact is complete.
         certify: measure what each equivalent pass changed; costs about as much as the export.
         progress: called while weights are written.
+        calibrating: called with the layers done and the layers in all, by each calibrated pass.
 
     Returns:
         The manifest.
@@ -155,23 +175,38 @@ def export(
     """
     with artifacts.publish(out_dir, force=force) as staging:
         checkpoint = Checkpoint(model_dir)
-        rewritten = rewrite(checkpoint, recipe, dtype, calibration, certify=certify)
+        sources = {path.name: artifacts.sha256(path) for path in checkpoint.files}
+        journal = None
+        if resume and calibration is not None and recipe.is_calibrated:
+            journal = Journal(_journal_of(out_dir), _run(sources, recipe, dtype, calibration))
+        rewritten = rewrite(
+            checkpoint,
+            recipe,
+            dtype,
+            calibration,
+            certify=certify,
+            journal=journal,
+            progress=calibrating,
+        )
         artifacts.require_space(out_dir, artifacts.stored_bytes(rewritten.model))
         artifacts.save_model(rewritten.model, staging, progress)
         for name in COMPANIONS:
             if (model_dir / name).is_file():
                 shutil.copyfile(model_dir / name, staging / name)
+        if calibration is not None and recipe.is_calibrated:
+            calibration.save(staging)
         save_polygraphy(staging)
+        save_genai_config(staging, rewritten.model, load_config(model_dir, checkpoint.config))
         artifacts.save_manifest(
             staging,
             {
                 "source": {
                     "model_type": checkpoint.config["model_type"],
-                    "files": {path.name: artifacts.sha256(path) for path in checkpoint.files},
+                    "files": sources,
                 },
                 "recipe": recipe.model_dump(),
                 "targets": [asdict(target) for target in recipe.targets()],
-                **_calibrated(recipe, calibration),
+                **_calibrated(recipe, calibration, rewritten.seconds),
                 "dtype": dtype,
                 "passes": [
                     _report(report, rewritten.certificates.get(report.name, ()))
@@ -179,11 +214,32 @@ def export(
                 ],
             },
         )
-        return artifacts.load_manifest(staging)
+        manifest = artifacts.load_manifest(staging)
+    if journal is not None:
+        shutil.rmtree(journal.directory, ignore_errors=True)
+    return manifest
 
 
-def _calibrated(recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
-    """What was looked at, for the manifest of a recipe that looks."""
+def _journal_of(out_dir: Path) -> Path:
+    target = out_dir.resolve()
+    return target.with_name(f"{target.name}.calibration")
+
+
+def _run(
+    sources: dict[str, str], recipe: Recipe, dtype: str, calibration: Calibration
+) -> dict[str, Any]:
+    """What would make the numbers of a calibrated pass differ."""
+    return {
+        "source": sources,
+        "recipe": recipe.model_dump(),
+        "dtype": dtype,
+        "calibration": calibration.sha256,
+        "version": importlib.metadata.version("quarot-onnx"),
+    }
+
+
+def _calibrated(recipe: Recipe, calibration: Calibration | None, seconds: float) -> dict[str, Any]:
+    """What was looked at and what it cost, for the manifest of a recipe that looks."""
     if calibration is None or not recipe.is_calibrated:
         return {}
     windows, length = calibration.tokens.shape
@@ -193,8 +249,16 @@ def _calibrated(recipe: Recipe, calibration: Calibration | None) -> dict[str, An
             "sha256": calibration.sha256,
             "windows": windows,
             "window_length": length,
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": _peak_memory(),
         }
     }
+
+
+def _peak_memory() -> int:
+    """The most physical memory that this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _report(report: Report, certificates: tuple[Certificate, ...]) -> dict[str, Any]:

@@ -95,6 +95,34 @@ def show_manifest(out_dir: Path, manifest: dict[str, Any]) -> None:
     print(f"next: quarot-onnx validate {out_dir} --reference MODEL_DIR")
 
 
+def show_build(engine_dir: Path, manifest: dict[str, Any]) -> None:
+    """What `build` wrote, and the same build by trtexec."""
+    built = manifest["tensorrt"]
+    plugins, engine = built["plugins"], built["engine"]
+    limits = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in built["limits"].items())
+    rows = [
+        ["TensorRT", built["version"] if engine is None else engine["tensorrt"]],
+        ["limits", limits],
+        [
+            "lint",
+            "no problem found"
+            if plugins is not None
+            else "no problem found; creators not checked: no plugin library, run make plugins",
+        ],
+        ["plugins", "-" if plugins is None else f"{plugins['file']} {plugins['sha256'][:12]}"],
+        [
+            "engine",
+            "none: --onnx-only"
+            if engine is None
+            else f"model.plan, {engine['plugin_layers']} plugin layers, "
+            f"{(engine['gpu'] or {}).get('name', 'unknown GPU')}",
+        ],
+    ]
+    _table(f"Built {engine_dir}", ["what", "found"], rows)
+    print("the same build by trtexec, in that directory:\n")
+    print((engine_dir / "trtexec.sh").read_text(encoding="utf-8").split("\n", 1)[1])
+
+
 def show_verdict(content: dict[str, Any]) -> None:
     """The stages of a validation."""
     marks = {"passed": "✓", "failed": "✗", "skipped": "–"}
@@ -161,6 +189,9 @@ def show_evaluation(content: dict[str, Any]) -> None:
             f"against fp32: KL divergence {agreed['kl_divergence']:.4g} nats per token, "
             f"top-1 agreement {agreed['top1_agreement']:.1%}"
         )
+    if noise := content.get("layer_snr_db"):
+        shown = ", ".join("∞" if value is None else f"{value:.1f}" for value in noise)
+        print(f"signal-to-noise behind each layer, dB: {shown}")
     if decode := content.get("decode"):
         print(
             f"token by token through the cache: perplexity {decode['perplexity']:.3f}, "

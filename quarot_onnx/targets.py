@@ -44,6 +44,8 @@ def _without_plugin(recipe: "Recipe") -> Iterator[str]:
     for name, bits in (("weights", weights.bits), ("activations", activations.bits)):
         if bits not in (4, 16):
             yield f"{name}.bits = {bits}: the GEMM plugin multiplies codes of 4 bits"
+    if weights.bits < 16 and not weights.form.is_per_channel:
+        yield "weights with groups or zero points: the GEMM plugin has a scale per output channel"
     if activations.bits < 16:
         if activations.mode != "symmetric":
             yield f"activations.mode = {activations.mode}: no kernel writes zero points"

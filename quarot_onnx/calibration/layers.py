@@ -7,6 +7,7 @@ holds one layer, one batch of windows and, where they are small, the states. Wha
 into the graph (online Hadamards, codes, quantized activations) is what runs.
 """
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -66,8 +67,7 @@ def walk(
         UnsupportedModelError: ONNX Runtime has no kernel for a node.
     """
     _require_vocabulary(decoder, calibration)
-    with tempfile.TemporaryDirectory(prefix="quarot-onnx-", dir=directory) as own:
-        store = Path(own)
+    with _scratch(directory) as store:
         states = _Runner(decoder, calibration, store, None).states(decoder.states[0], "states.0")
         for layer in decoder.layers:
             run = LayerRun(_Runner(decoder, calibration, store, states), layer)
@@ -76,6 +76,16 @@ def walk(
                 progress(layer.index + 1, len(decoder.layers))
             if layer.index + 1 < len(decoder.layers):
                 states = run.following()
+
+
+@contextmanager
+def _scratch(parent: Path | None) -> Iterator[Path]:
+    """A directory that is gone afterwards, also where a walk is dropped before its end."""
+    directory = Path(tempfile.mkdtemp(prefix="quarot-onnx-", dir=parent))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _require_vocabulary(decoder: Decoder, calibration: Calibration) -> None:
@@ -212,8 +222,7 @@ class _Runner:
         """A function of windows, and of the inputs that `edit` adds to the part of the graph."""
         if start is not None and any(end is start for end in ends):
             raise ValueError("an end is the start")
-        with tempfile.TemporaryDirectory(dir=self.directory) as own:
-            directory = Path(own)
+        with _scratch(self.directory) as directory:
             model = cut(self.decoder.model, ends, start)
             names = [value.name or "" for value in model.graph.outputs]
             cache = {v.name or "": v for v in model.graph.inputs if len(v.shape or ()) == 4}

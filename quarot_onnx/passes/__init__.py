@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The passes, one per file, and their order: `pipeline` reads like the paper."""
 
-from quarot_onnx.calibration import Calibration
+from dataclasses import asdict
+
+from quarot_onnx.calibration import Calibration, Journal, Progress
 from quarot_onnx.calibration.roundings import Roundings
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.hadamard import plan
 from quarot_onnx.passes.base import Effect, Pass, Report
+from quarot_onnx.passes.calibrate_weights import CalibrateWeightsPass
 from quarot_onnx.passes.fuse_layer_norm_mean import FuseLayerNormMeanPass
 from quarot_onnx.passes.fuse_norm_scale import FuseNormScalePass
 from quarot_onnx.passes.fuse_r1 import FuseR1Pass
@@ -25,11 +28,17 @@ __all__ = ["Effect", "Pass", "Report", "pipeline", "untie_embeddings"]
 
 
 def pipeline(
-    recipe: Recipe, decoder: Decoder, calibration: Calibration | None = None
+    recipe: Recipe,
+    decoder: Decoder,
+    calibration: Calibration | None = None,
+    *,
+    journal: Journal | None = None,
+    progress: Progress | None = None,
 ) -> list[Pass]:
     """The passes of `recipe`, in order, for a decoder whose embeddings are untied.
 
-    A pass that has to look at data gets `calibration`, which is all that it may look at.
+    A pass that has to look at data gets `calibration`, which is all that it may look at; it keeps
+    what it has finished in `journal` and tells `progress` the layers done and the layers in all.
     """
     rotations, seed = recipe.rotations, recipe.seed
     attention = decoder.layers[0].attention
@@ -50,22 +59,33 @@ def pipeline(
     if rotations.r4:
         passes.append(InsertR4Pass(decoder))
     if (weights := recipe.weights).bits < 16:
-        passes.append(
-            QuantizeWeightsPass(decoder, bits=weights.bits, clip_search=weights.clip_search)
-        )
+        if weights.is_calibrated and calibration is not None:
+            passes.append(
+                CalibrateWeightsPass(
+                    decoder, weights, calibration, journal=journal, progress=progress
+                )
+            )
+        else:
+            passes.append(QuantizeWeightsPass(decoder, **asdict(weights.form)))
+    return passes + _quantize_activations(recipe, decoder, calibration)
+
+
+def _quantize_activations(
+    recipe: Recipe, decoder: Decoder, calibration: Calibration | None
+) -> list[Pass]:
+    """Activations, then the cache; then a search over what both clip, where one is asked for."""
     roundings = Roundings(decoder, recipe, calibration)
+    quantized: list[QuantizeActivationsPass | QuantizeKvCachePass] = []
     searched: list[QuantizeActivationsPass | QuantizeKvCachePass] = []
     if (activations := recipe.activations).bits < 16:
-        choose = roundings.of_activations
-        quantize = QuantizeActivationsPass(decoder, choose, weight_bits=weights.bits)
-        passes.append(quantize)
-        searched += [quantize] if activations.clip == "perplexity" else []
+        choose, bits = roundings.of_activations, recipe.weights.bits
+        quantized.append(QuantizeActivationsPass(decoder, choose, weight_bits=bits))
+        searched += quantized if activations.clip == "perplexity" else []
     if (cache := recipe.kv_cache).bits < 16:
-        choose = roundings.of_cache
-        pack = QuantizeKvCachePass(decoder, choose, bits=cache.bits, form=cache.io)
-        passes.append(pack)
-        searched += [pack] if cache.clip == "perplexity" else []
+        choose, form = roundings.of_cache, cache.io
+        quantized.append(QuantizeKvCachePass(decoder, choose, bits=cache.bits, form=form))
+        searched += quantized[-1:] if cache.clip == "perplexity" else []
     if searched and calibration is not None:
         part = calibration.part(recipe.calibration.search_windows)
-        passes.append(SearchClipsPass(decoder, part, searched))
-    return passes
+        return [*quantized, SearchClipsPass(decoder, part, searched)]
+    return [*quantized]
