@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from quarot_onnx import ops
-from quarot_onnx.calibration.layers import Compute, Float32, walk
+from quarot_onnx.calibration.layers import Compute, Float32, Progress, walk
 from quarot_onnx.calibration.tokens import Calibration
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.rounding import Quantizer
@@ -50,6 +50,7 @@ def search_clips(
     calibration: Calibration,
     logits: ir.Value,
     quantizers: Sequence[Quantizer],
+    progress: Progress | None = None,
 ) -> Iterator[tuple[Quantizer, float, float]]:
     """Set each quantizer's clip, in order; gives the quantizer, its old clip and the loss in nats.
 
@@ -58,11 +59,12 @@ def search_clips(
         calibration: on which the loss is measured.
         logits: the graph's output.
         quantizers: in the order of computation.
+        progress: called after each layer.
     """
     by_layer: dict[int, list[Quantizer]] = {}
     for quantizer in quantizers:
         by_layer.setdefault(quantizer.site.layer, []).append(quantizer)
-    for run in walk(decoder, calibration):
+    for run in walk(decoder, calibration, progress=progress):
         searched = by_layer.get(run.layer.index, [])
         if not searched:
             continue

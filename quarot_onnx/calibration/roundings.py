@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from quarot_onnx.calibration.layers import Float32, LayerRun, walk
+from quarot_onnx.calibration.layers import Float32, LayerRun, Progress, walk
 from quarot_onnx.calibration.tokens import Calibration
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.recipe import Activations, KvCache, Recipe
@@ -126,11 +126,18 @@ def decide(rows: Float32, rounding: Rounding, section: Activations | KvCache) ->
 class Roundings:
     """The roundings of a recipe; what is measured, is when the first pass asks."""
 
-    def __init__(self, decoder: Decoder, recipe: Recipe, calibration: Calibration | None) -> None:
-        """`calibration` is needed where the recipe is calibrated."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        recipe: Recipe,
+        calibration: Calibration | None,
+        progress: Progress | None = None,
+    ) -> None:
+        """`calibration` is needed where the recipe is calibrated; `progress` counts layers."""
         self._decoder = decoder
         self._recipe = recipe
         self._calibration = calibration
+        self._progress = progress
 
     def of_activations(self) -> Choice:
         """For the inputs of the linears."""
@@ -168,7 +175,7 @@ class Roundings:
             sites += cache_sites(self._decoder, self._recipe.kv_cache)
         sites = [site for site in sites if self._is_open(site)]
         decisions = {}
-        for run in walk(self._decoder, self._calibration):
+        for run in walk(self._decoder, self._calibration, progress=self._progress):
             own = {site.name: site for site in sites if site.layer == run.layer.index}
             values = {name: site.value for name, site in own.items()}
             for name, rows in _sampled(run, values, self._calibration.tokens.size).items():

@@ -67,14 +67,14 @@ def pipeline(
             )
         else:
             passes.append(QuantizeWeightsPass(decoder, **asdict(weights.form)))
-    return passes + _quantize_activations(recipe, decoder, calibration)
+    return passes + _quantize_activations(recipe, decoder, calibration, progress)
 
 
 def _quantize_activations(
-    recipe: Recipe, decoder: Decoder, calibration: Calibration | None
+    recipe: Recipe, decoder: Decoder, calibration: Calibration | None, progress: Progress | None
 ) -> list[Pass]:
     """Activations, then the cache; then a search over what both clip, where one is asked for."""
-    roundings = Roundings(decoder, recipe, calibration)
+    roundings = Roundings(decoder, recipe, calibration, progress)
     quantized: list[QuantizeActivationsPass | QuantizeKvCachePass] = []
     searched: list[QuantizeActivationsPass | QuantizeKvCachePass] = []
     if (activations := recipe.activations).bits < 16:
@@ -87,5 +87,5 @@ def _quantize_activations(
         searched += quantized[-1:] if cache.clip == "perplexity" else []
     if searched and calibration is not None:
         part = calibration.part(recipe.calibration.search_windows)
-        return [*quantized, SearchClipsPass(decoder, part, searched)]
+        return [*quantized, SearchClipsPass(decoder, part, searched, progress)]
     return [*quantized]

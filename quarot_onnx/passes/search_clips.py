@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 from quarot_onnx.calibration.clip_search import search_clips
+from quarot_onnx.calibration.layers import Progress
 from quarot_onnx.calibration.tokens import Calibration
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.passes.base import Effect, Pass, Report
@@ -31,11 +32,13 @@ class SearchClipsPass(Pass):
         decoder: Decoder,
         calibration: Calibration,
         quantized: Sequence[QuantizeActivationsPass | QuantizeKvCachePass],
+        progress: Progress | None = None,
     ) -> None:
         """`quantized`: the passes whose quantizers are searched; they run before this one."""
         super().__init__(decoder)
         self.calibration = calibration
         self.quantized = quantized
+        self.progress = progress
 
     def rewrite(self) -> Report:
         """Search every site, in the order of computation."""
@@ -50,7 +53,7 @@ class SearchClipsPass(Pass):
                 "perplexity": math.exp(loss),
             }
             for quantizer, before, loss in search_clips(
-                self.decoder, self.calibration, logits, found
+                self.decoder, self.calibration, logits, found, self.progress
             )
         ]
         detail = f"by perplexity on {self.calibration.tokens.size} tokens"
