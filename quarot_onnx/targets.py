@@ -61,6 +61,8 @@ def _without_plugin(recipe: "Recipe") -> Iterator[str]:
         yield f"kv_cache.mode = {cache.mode}: the cache plugins write asymmetric codes"
     if cache.bits < 16 and cache.group_size:
         yield f"kv_cache.group_size = {cache.group_size}: a head has one scale in the plugins"
+    if weights.sparsity != "none":
+        yield "weights.sparsity: the GEMM plugin multiplies dense codes only"
     if cache.bits < 16 and cache.io == "float":
         yield "kv_cache.io = float: a cache of rounded floats has no plugin"
     elif cache.bits not in (4, 16):
