@@ -46,6 +46,21 @@ def _without_plugin(recipe: "Recipe") -> Iterator[str]:
             yield f"{name}.bits = {bits}: the GEMM plugin multiplies codes of 4 bits"
     if weights.bits < 16 and not weights.form.is_per_channel:
         yield "weights with groups or zero points: the GEMM plugin has a scale per output channel"
+    if activations.bits < 16:
+        if activations.mode != "symmetric":
+            yield f"activations.mode = {activations.mode}: no kernel writes zero points"
+        if activations.group_size:
+            size = activations.group_size
+            yield f"activations.group_size = {size}: a token has one scale in the plugins"
+        if activations.down_proj_bits not in (None, 4):
+            yield (
+                f"activations.down_proj_bits = {activations.down_proj_bits}: the GEMM plugin "
+                "multiplies codes of 4 bits"
+            )
+    if cache.bits < 16 and cache.mode != "asymmetric":
+        yield f"kv_cache.mode = {cache.mode}: the cache plugins write asymmetric codes"
+    if cache.bits < 16 and cache.group_size:
+        yield f"kv_cache.group_size = {cache.group_size}: a head has one scale in the plugins"
     if weights.sparsity != "none":
         yield "weights.sparsity: the GEMM plugin multiplies dense codes only"
     if cache.bits < 16 and cache.io == "float":
