@@ -3,8 +3,8 @@
 
 The answer comes from the resolved recipe alone. ONNX Runtime runs every recipe, because each
 operator of `quarot_onnx.ops` carries its meaning as an ONNX function. TensorRT runs what
-`quarot-onnx build` lowers to our plugins (docs/plugins.md). Nothing falls back: where a target is refused here,
-no command builds for it.
+`quarot-onnx build` lowers to our plugins (docs/plugins.md). Nothing falls back: where a target is
+refused here, no command builds for it.
 """
 
 from collections.abc import Iterator
