@@ -193,7 +193,7 @@ def test_norms_and_rotations_for_old_parsers_are_those_of_the_standard(tmp_path:
             "w4a4kv4",
             (),
             "float16",
-            r"read by Split, as those of experts .* dense models",
+            r"read by Gather, as those of experts .* dense models",
         ),
     ],
 )
