@@ -33,7 +33,11 @@ class _Spec(BaseModel):
 
 
 class Rotations(_Spec):
-    """Which rotations are applied; names as in the field (docs/design.md)."""
+    """Which rotations are applied; names as in the field (docs/design.md).
+
+    `r4_policy` is for sizes of down_proj without a Hadamard matrix: leave the site alone, rotate
+    blocks, or pad with zeros to the next size that has one (`quarot_onnx.hadamard.plan`).
+    """
 
     fold_norm_scale: bool = True
     r1: Literal["none", "hadamard", "randomized_hadamard", "random_orthogonal"] = (
@@ -44,6 +48,7 @@ class Rotations(_Spec):
     heads: bool = True
     r3: bool = True
     r4: bool = True
+    r4_policy: Literal["full", "block", "pad"] = "block"
 
 
 class Weights(_Spec):

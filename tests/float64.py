@@ -99,6 +99,7 @@ _OPERATORS: Mapping[str, Callable[..., Array]] = {
     "HadamardHeads": _hadamard_heads,
     "MatMul": lambda _, x, y: x @ y,
     "Mul": lambda _, x, y: x * y,
+    "Pad": lambda _, x, pads, axes: np.pad(x, [(0, 0)] * (x.ndim + axes[0]) + [tuple(pads)]),
     "RMSNormalization": _rms_normalization,
     "LayerNormalization": _layer_normalization,
     "Reshape": _reshape,

@@ -157,6 +157,23 @@ def test_refuses_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+def test_calibrated_recipes_look_at_the_calibration_text_and_at_no_other(tmp_path: Path) -> None:
+    small = ["calibration.windows=4", "calibration.window_length=32"]
+    found = compare(MODEL, tmp_path, ["w4a4kv4-gptq"], settings=small, **SMALL)
+    assert (found["text"], found["calibration"]) == ("embedded", "embedded")
+    assert found["baseline"] == "w4a4kv4-gptq"
+    assert found["runs"][0]["loss"] > 0
+    seen = EXAMPLES / "tiny_llama" / "calibration.txt"
+    with pytest.raises(UsageError, match="of the evaluation text was seen in calibration"):
+        compare(
+            MODEL,
+            tmp_path,
+            ["w4a4kv4-gptq"],
+            text=str(seen),
+            **{**SMALL, "count": 32, "length": 256},
+        )
+
+
 def test_the_judge_computes_each_window_once() -> None:
     class Counting:
         vocabulary_size = 5

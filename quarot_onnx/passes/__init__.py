@@ -55,7 +55,7 @@ def pipeline(
     if rotations.r3:
         passes.append(InsertR3Pass(decoder, plan(attention.head_dim)))
     if rotations.r4:
-        passes.append(InsertR4Pass(decoder))
+        passes.append(InsertR4Pass(decoder, rotations.r4_policy))
     if (weights := recipe.weights).bits < 16:
         if weights.is_calibrated and calibration is not None:
             passes.append(

@@ -122,7 +122,7 @@ class _ExpectedWeights:
             else None
         )
         self.r2, self.heads = plan(self.head_dim), plan(self.num_heads, policy="full")
-        self.r4 = plan(config["intermediate_size"])
+        self.r4 = plan(config["intermediate_size"], policy=rotations.r4_policy)
 
     def tensor(self, name: str, *, transposed: bool, index: tuple[slice, ...] = ()) -> Float64:
         """The checkpoint's tensor, or the part of it at `index`."""
