@@ -31,6 +31,7 @@ from quarot_onnx.export.huggingface import COMPANIONS, onnx_from_huggingface
 from quarot_onnx.export.polygraphy_run import save_polygraphy
 from quarot_onnx.passes import Effect, Report, pipeline, untie_embeddings
 from quarot_onnx.recipe import Recipe
+from quarot_onnx.sparsity import save_sparse
 from quarot_onnx.weights import Float64
 
 DTYPES = {
@@ -176,7 +177,7 @@ def export(
     with artifacts.publish(out_dir, force=force) as staging:
         checkpoint = Checkpoint(model_dir)
         sources = {path.name: artifacts.sha256(path) for path in checkpoint.files}
-        journal = None
+        journal = Journal()
         if resume and calibration is not None and recipe.is_calibrated:
             journal = Journal(_journal_of(out_dir), _run(sources, recipe, dtype, calibration))
         rewritten = rewrite(
@@ -195,6 +196,15 @@ def export(
                 shutil.copyfile(model_dir / name, staging / name)
         if calibration is not None and recipe.is_calibrated:
             calibration.save(staging)
+        if recipe.weights.bits < 16 and recipe.weights.sparsity != "none":
+            weights = [linear.weight for linear in rewritten.decoder.linears]
+            save_sparse(
+                staging,
+                journal,
+                [(weight.name, weight.sizes) for weight in weights],
+                recipe.weights.sparsity,
+                recipe.weights.bits,
+            )
         save_polygraphy(staging)
         save_genai_config(staging, rewritten.model, load_config(model_dir, checkpoint.config))
         artifacts.save_manifest(
@@ -215,8 +225,7 @@ def export(
             },
         )
         manifest = artifacts.load_manifest(staging)
-    if journal is not None:
-        shutil.rmtree(journal.directory, ignore_errors=True)
+    shutil.rmtree(journal.directory, ignore_errors=True)
     return manifest
 
 
