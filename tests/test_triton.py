@@ -33,6 +33,7 @@ from quarot_onnx.export.triton.repository import INPUTS
 from quarot_onnx.generation import generate
 from quarot_onnx.manifest import changed_files, load_manifest
 from quarot_onnx.runtime import OnnxModel, eos_token_ids, load_tokenizer
+from tests.test_cli import Run, run  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).parents[1]
 STREAMS = 8  # fewer than the requests of the largest test: some wait
@@ -139,6 +140,31 @@ def test_replaces_a_repository_only_when_told(embedded: Path, tmp_path: Path) ->
         triton_from_artifact(embedded, tmp_path / "out", name="second")
     triton_from_artifact(embedded, tmp_path / "out", name="second", force=True)
     assert not (tmp_path / "out" / "first").exists()
+
+
+def test_the_command_line_says_how_to_start_what_it_wrote(
+    run: Run,  # noqa: F811
+    embedded: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    result = run("triton", embedded, out, "--name", "tiny", "--max-streams", 4, "--threads", 2)
+    assert result.code == 0
+    lines = result.out.splitlines()
+    assert "model tiny (context_length 1024, max_streams 4," in lines[0]
+    assert lines[1] == f"next: {out}/run.sh"
+    parameters = from_text((out / "tiny" / "config.pbtxt").read_text()).parameters
+    assert {key: value.string_value for key, value in parameters.items()} == {
+        "runtime": "ort-cpu",
+        "context_length": "1024",
+        "max_streams": "4",
+        "max_waiting": "256",
+        "threads": "2",
+    }
+    refused = run("triton", embedded, out, "--name", "tiny")
+    assert (refused.code, "--force" in refused.err) == (2, True)
+    again = run("triton", embedded, out, "--name", "tiny", "--force", "--json")
+    assert json.loads(again.out)["parameters"]["max_streams"] == "16"
 
 
 # --- The server -----------------------------------------------------------------------------------
