@@ -31,7 +31,7 @@ from quarot_onnx.export.triton import triton_from_artifact
 from quarot_onnx.export.triton.model_config import from_text
 from quarot_onnx.export.triton.repository import INPUTS
 from quarot_onnx.generation import generate
-from quarot_onnx.manifest import changed_files, load_manifest
+from quarot_onnx.manifest import changed_files, load_manifest, save_manifest
 from quarot_onnx.runtime import OnnxModel, eos_token_ids, load_tokenizer
 from tests.test_cli import Run, run  # noqa: F401  # a fixture
 
@@ -129,9 +129,18 @@ def test_refuses_an_altered_artifact(embedded: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_refuses_an_artifact_without_a_tokenizer(exported: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"tokenizer\.json: no such file"):
-        triton_from_artifact(exported("llama", "w4a4kv4"), tmp_path / "out")
+def test_refuses_an_artifact_whose_tokenizer_a_server_cannot_read(
+    embedded: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(embedded, tmp_path / "copy"))
+    (copy / "tokenizer.json").rename(copy / "vocab.json")
+    save_manifest(copy, load_manifest(copy))
+    with pytest.raises(InputError) as error:
+        triton_from_artifact(copy, tmp_path / "out")
+    assert str(error.value) == (
+        f"{copy}/tokenizer.json: no such file, and the server reads no other tokenizer; "
+        "save the model's fast tokenizer and export again"
+    )
 
 
 def test_replaces_a_repository_only_when_told(embedded: Path, tmp_path: Path) -> None:
