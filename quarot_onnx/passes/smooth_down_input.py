@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Smooth down_proj's input: move per-channel size from the activation into the weight, offline.
+
+    before:  y = (act(x @ W_gate) * (x @ W_up)) @ W_down
+    after:   W_up -> W_up diag(1/s)        W_down -> diag(s) W_down
+
+The function does not change, since the product is linear in up_proj's output. Before R4: a
+rotation spreads what is left of an outlier channel over all of them (SmoothRot, arXiv 2506.05413).
+A feed-forward without such a product (OPT, GPT-NeoX) is skipped.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+
+from quarot_onnx.decoder import Decoder, Linear, Mlp
+from quarot_onnx.errors import UnsupportedModelError
+from quarot_onnx.passes.base import APPLIED, Effect, Pass, Report
+from quarot_onnx.weights import Float64
+
+
+class SmoothDownInputPass(Pass):
+    """Divide up_proj's outputs and multiply down_proj's inputs by each layer's s."""
+
+    effect = Effect.EQUIVALENT
+
+    def __init__(self, decoder: Decoder, scales: Sequence[Float64], detail: str) -> None:
+        super().__init__(decoder)
+        self.scales = scales
+        self.detail = detail
+
+    def requires(self) -> None:
+        """The input of down_proj must not be transformed yet."""
+        applied = self.decoder.model.metadata_props.get(APPLIED, "").split()
+        for later in ("InsertR4", "InsertDownTransform"):
+            if later in applied:
+                raise UnsupportedModelError(
+                    f"{self.name}: {later} has been applied to this model; "
+                    f"apply {self.name}Pass before"
+                )
+
+    def rewrite(self) -> Report:
+        """Scale both sides of every product."""
+        skipped: list[str] = []
+        for layer, scale in zip(self.decoder.layers, self.scales, strict=True):
+            up, down = multiplied_reader(layer.mlp), layer.mlp.down
+            if up is None:
+                skipped.append(down.name)
+                continue
+            up.weight.compose(1, partial(np.multiply, 1 / scale))
+            if up.bias is not None:
+                up.bias.compose(0, partial(np.multiply, 1 / scale))
+            down.weight.compose(0, partial(np.multiply, scale[:, None]))
+        reason = "no reader of the norm is a plain factor of its input"
+        return self.report(
+            len(self.scales) - len(skipped), self.detail, {reason: skipped} if skipped else None
+        )
+
+
+def multiplied_reader(mlp: Mlp) -> Linear | None:
+    """The reader whose output is a plain factor of down_proj's input: up_proj, or None."""
+    product = mlp.down.x.producer()
+    if product is None or product.op_type != "Mul":
+        return None
+    factors: list[ir.Value | None] = list(product.inputs)
+    return next((linear for linear in mlp.readers if linear.output in factors), None)
