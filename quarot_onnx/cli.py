@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from quarot_onnx import tables
-from quarot_onnx.errors import InputError, QuarotError, ResourceError
+from quarot_onnx.errors import InputError, QuarotError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from quarot_onnx.artifacts import Progress
@@ -52,8 +52,21 @@ Runtime = Annotated[
     Literal["ort-cpu", "ort-cuda", "tensorrt"], typer.Option(help="Where the model runs.")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime.")]
-Text = Annotated[Path, typer.Option("--text", help="A UTF-8 text file.")]
-Windows = Annotated[int, typer.Option(min=1, help="How many windows of text.")]
+Text = Annotated[
+    str,
+    typer.Option(
+        "--text",
+        metavar="TEXT",
+        help="A .txt, .jsonl or .parquet file, `embedded`, or a data set such as wikitext2.",
+    ),
+]
+Windows = Annotated[
+    str,
+    typer.Option(
+        metavar="N|all",
+        help="How many windows of text, evenly spaced; `all` reads it as the literature does.",
+    ),
+]
 WindowLength = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
 
 
@@ -122,18 +135,38 @@ def validate(
     require: Annotated[
         list[str] | None, typer.Option(help="A stage that must not be skipped; repeatable.")
     ] = None,
+    tolerances: Annotated[
+        Path | None,
+        typer.Option(help="TOML: atol, rtol and stat of each output that hosts are compared by."),
+    ] = None,
     runtime: Runtime = "ort-cpu",
     threads: Threads = None,
     as_json: Json = False,
     save_json: SaveJson = None,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML to this file.")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="Write a page to this file.")] = None,
 ) -> None:
     """Check an artifact against PyTorch; exit code 10 where it is worse or altered."""
+    from quarot_onnx.validate import formats  # noqa: PLC0415
     from quarot_onnx.validate import validate as run_validate  # noqa: PLC0415
 
     verdict = run_validate(
-        artifact, reference, require=tuple(require or ()), runtime=runtime, threads=threads
+        artifact,
+        reference,
+        require=tuple(require or ()),
+        tolerances=tolerances,
+        runtime=runtime,
+        threads=threads,
     )
     content = verdict.as_json()
+    if junit is not None:
+        _write(junit, formats.as_junit(content))
+    if page is not None:
+        _write(page, formats.as_html(content))
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        sys.stderr.write(formats.as_annotations(content))
+        if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+            _write(Path(summary), formats.as_markdown(content), mode="a")
     _emit(content, as_json, lambda: tables.show_verdict(content), save_json)
     verdict.require_passed()
 
@@ -142,7 +175,7 @@ def validate(
 def evaluate(
     artifact: Artifact,
     text: Text,
-    windows: Windows = 32,
+    windows: Windows = "32",
     window_length: WindowLength = 256,
     reference: Annotated[
         Path | None,
@@ -163,7 +196,7 @@ def evaluate(
         content = run_evaluate(
             artifact,
             text,
-            count=windows,
+            count=_window_count(windows),
             length=window_length,
             reference=reference,
             decode=decode,
@@ -301,19 +334,33 @@ def _options(
     del version
 
 
+def _window_count(text: str) -> int | None:
+    """``--windows``: a number, or None for all."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--windows {text}: must be 1 or more, or `all`")
+    return int(text)
+
+
 # --- Output --------------------------------------------------------------------------------------
 
 
 def _emit(content: Any, as_json: bool, show: Any, save_to: Path | None = None) -> None:
     if save_to is not None:
-        try:
-            save_to.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ResourceError(f"{save_to}: cannot be written ({error.strerror})") from error
+        _write(save_to, json.dumps(content, indent=2) + "\n")
     if as_json:
         _print_json(content)
     else:
         show()
+
+
+def _write(path: Path, text: str, *, mode: Literal["w", "a"] = "w") -> None:
+    try:
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _print_json(content: Any) -> None:

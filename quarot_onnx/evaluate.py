@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perplexity of an artifact on a text, by prefill and by decoding, beside its baselines.
 
-The text is cut into evenly spaced windows that do not overlap; every token of a window but the
-first is predicted from those before it in the window. Log-probabilities are taken in float64.
+The text is cut into windows that do not overlap (`quarot_onnx.texts`); every token of a window but
+the first is predicted from those before it in the window. Log-probabilities are taken in float64.
 """
 
 import math
@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quarot_onnx.artifacts import load_manifest
-from quarot_onnx.errors import GateError, InputError, UsageError
+from quarot_onnx.errors import GateError
 from quarot_onnx.runtime import CausalModel, Ids, Logits, OnnxModel, load_tokenizer
+from quarot_onnx.texts import evaluation_windows
 
 WINDOWS, WINDOW_LENGTH = 32, 256
 """How much text `evaluate` reads by default."""
@@ -27,51 +28,6 @@ Progress = Callable[[int, int], None]
 
 _BASELINES = 3  # what `baselines` evaluates
 _LOGITS_AT_ONCE = 1 << 24  # 64 MB in float32: windows are batched up to here
-
-
-def read_text(path: Path) -> str:
-    """The content of a UTF-8 text file.
-
-    Raises:
-        InputError: it is missing, empty, not a file, or not UTF-8; the message says where.
-    """
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; give a text file") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give a text file") from error
-    zero = raw.find(b"\0")
-    if zero >= 0:
-        raise InputError(f"{path}: binary (a zero byte at byte {zero}); give a UTF-8 text file")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        offset = error.start + (3 if raw.startswith(b"\xef\xbb\xbf") else 0)
-        raise InputError(f"{path}: not UTF-8 at byte {offset}; convert it to UTF-8") from error
-    if not text.strip():
-        raise InputError(f"{path}: is empty; give a text file with some text")
-    return text
-
-
-def windows(ids: Sequence[int], count: int, length: int, *, where: str = "text") -> Ids:
-    """`count` windows of `length` ids, [count, length]; window i begins at i * (len(ids) // count).
-
-    Raises:
-        UsageError: no window, or one without a prediction.
-        InputError: there are fewer than count * length ids.
-    """
-    if count < 1 or length < 2:
-        raise UsageError(
-            f"--windows {count} --window-length {length}: needs at least 1 window of 2 tokens"
-        )
-    if len(ids) < count * length:
-        raise InputError(
-            f"{where}: has {len(ids)} tokens, needs {count * length} for {count} windows of "
-            f"{length}; give more text, or lower --windows or --window-length"
-        )
-    stride = len(ids) // count
-    return np.array([ids[i * stride : i * stride + length] for i in range(count)], np.int64)
 
 
 def log_probabilities(logits: Logits) -> NDArray[np.float64]:
@@ -176,9 +132,9 @@ def decode_perplexity(
 
 def evaluate(
     artifact: Path,
-    text: Path,
+    text: str | Path,
     *,
-    count: int = WINDOWS,
+    count: int | None = WINDOWS,
     length: int = WINDOW_LENGTH,
     decode: bool = False,
     reference: Path | None = None,
@@ -190,8 +146,8 @@ def evaluate(
 
     Args:
         artifact: a directory that ``quarot-onnx export`` wrote.
-        text: a UTF-8 text file.
-        count: how many windows.
+        text: a file or a data set, as `quarot_onnx.texts` reads it.
+        count: how many evenly spaced windows; None takes all, as the literature does.
         length: tokens of a window.
         decode: also decode token by token through the cache.
         reference: the Hugging Face directory; adds its perplexity and those of the same recipe
@@ -211,16 +167,15 @@ def evaluate(
         QuarotError: what `OnnxModel` and `pipeline.export` raise.
     """
     manifest = load_manifest(artifact)
-    content = read_text(text)
-    ids = load_tokenizer(artifact).encode(content, add_special_tokens=False)
-    cut = windows(ids, count, length, where=str(text))
+    read = evaluation_windows(text, load_tokenizer(artifact), count=count, length=length)
+    cut = read.tokens
     model = OnnxModel(artifact, runtime=runtime, threads=threads)
     shares = iter(_shares(progress, 1 + decode + (0 if reference is None else _BASELINES)))
     result: dict[str, Any] = {
         "perplexity": perplexity(model, cut, progress=next(shares)),
-        "windows": count,
+        "windows": len(cut),
         "window_length": length,
-        "tokens": len(ids),
+        "tokens": read.available,
         "recipe": manifest["recipe"]["name"],
         "runtime": runtime,
         "cache_bytes_per_token": model.cache_bytes_per_token,

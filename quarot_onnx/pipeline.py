@@ -21,6 +21,7 @@ from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UsageError
 from quarot_onnx.export.checkpoint import Checkpoint
 from quarot_onnx.export.huggingface import COMPANIONS, onnx_from_huggingface
+from quarot_onnx.export.polygraphy_run import save_polygraphy
 from quarot_onnx.passes import Report, pipeline, untie_embeddings
 from quarot_onnx.recipe import Recipe
 
@@ -129,6 +130,7 @@ def export(
         for name in COMPANIONS:
             if (model_dir / name).is_file():
                 shutil.copyfile(model_dir / name, staging / name)
+        save_polygraphy(staging)
         artifacts.save_manifest(
             staging,
             {

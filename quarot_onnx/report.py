@@ -296,7 +296,7 @@ def report_artifact(
     path: Path,
     artifact: Path,
     reference: Path,
-    text: Path,
+    text: str | Path,
     *,
     prompt: str = "",
     evaluation: Mapping[str, Any] | None = None,
@@ -308,7 +308,7 @@ def report_artifact(
         path: the HTML file.
         artifact: a directory that ``quarot-onnx export`` wrote.
         reference: the Hugging Face directory it came from.
-        text: UTF-8; its first tokens are shown.
+        text: a file or a data set; its first tokens are shown.
         prompt: what to continue; nothing is generated where it is empty.
         evaluation: what ``quarot-onnx eval --save-json`` wrote.
         validation: what ``quarot-onnx validate --save-json`` wrote.
@@ -317,18 +317,18 @@ def report_artifact(
         QuarotError: what reading the artifact, capturing, generating and writing raise.
     """
     from quarot_onnx.activations import capture  # noqa: PLC0415
-    from quarot_onnx.evaluate import read_text  # noqa: PLC0415
     from quarot_onnx.export.checkpoint import Checkpoint  # noqa: PLC0415
     from quarot_onnx.forecast import FLOAT_BYTES, forecast  # noqa: PLC0415
     from quarot_onnx.inspection import inspect  # noqa: PLC0415
     from quarot_onnx.recipe import Recipe  # noqa: PLC0415
     from quarot_onnx.runtime import load_tokenizer  # noqa: PLC0415
+    from quarot_onnx.texts import read  # noqa: PLC0415
 
     found = inspect(artifact)
     recipe, dtype = Recipe.model_validate(found.manifest["recipe"]), found.manifest["dtype"]
     checkpoint = Checkpoint(reference)
     planned = forecast(checkpoint, recipe, dtype)
-    tokens = load_tokenizer(artifact).encode(read_text(text))[:_TOKENS]
+    tokens = load_tokenizer(artifact).encode(read(text))[:_TOKENS]
     folder = reference.resolve()
     name = folder.parent.name if folder.name == "model" else folder.name
     bits = f"W{recipe.weights.bits}A{recipe.activations.bits}KV{recipe.kv_cache.bits}"
@@ -359,7 +359,7 @@ def report_artifact(
         ),
         passes=PassEntry.from_manifest(found.manifest),
         activations=capture(checkpoint, recipe, tokens),
-        activations_text=f"the first {len(tokens)} tokens of {text.name}",
+        activations_text=f"the first {len(tokens)} tokens of {Path(text).name}",
         sample=_sample(artifact, prompt) if prompt else None,
         commands=(
             ("Export", _command("export", reference, artifact, "--recipe", recipe.name)),

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from quarot_onnx import evaluate
+from quarot_onnx import evaluate, texts
 from quarot_onnx.hadamard import plan, randomized_signs
 from quarot_onnx.inspection import inspect
 from quarot_onnx.pipeline import export
@@ -34,7 +34,7 @@ def artifact(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def windows(artifact: Path) -> Ids:
     text = (EXAMPLE / "heldout.txt").read_text(encoding="utf-8")
     ids = load_tokenizer(artifact).encode(text, add_special_tokens=False)
-    return evaluate.windows(ids, WINDOWS, LENGTH)
+    return texts.windows(ids, WINDOWS, LENGTH)
 
 
 @cache

@@ -8,15 +8,13 @@ import pytest
 
 from quarot_onnx import evaluate as module
 from quarot_onnx.artifacts import load_manifest
-from quarot_onnx.errors import GateError, InputError, UsageError
+from quarot_onnx.errors import GateError, InputError
 from quarot_onnx.evaluate import (
     baselines,
     decode_perplexity,
     evaluate,
     log_probabilities,
     perplexity,
-    read_text,
-    windows,
 )
 from quarot_onnx.pipeline import export
 from quarot_onnx.recipe import load_recipe
@@ -53,56 +51,6 @@ class Table:
 
 def random_table(seed: int = 0) -> Logits:
     return np.random.default_rng(seed).normal(size=(7, 7)).astype(np.float32) * 3
-
-
-def test_reads_utf8_with_and_without_a_byte_order_mark(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfna\xc3\xafve\n")
-    assert read_text(tmp_path / "a.txt") == "naïve\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "text.txt: no such file; give a text file"),
-        (b"", "text.txt: is empty; give a text file with some text"),
-        (b" \n\t\n", "text.txt: is empty; give a text file with some text"),
-        (b"abc\xe9d", "text.txt: not UTF-8 at byte 3; convert it to UTF-8"),
-        (b"\xef\xbb\xbfa\xff", "text.txt: not UTF-8 at byte 4; convert it to UTF-8"),
-        (b"PK\x03\x04\0\0", "text.txt: binary (a zero byte at byte 4); give a UTF-8 text file"),
-    ],
-)
-def test_refuses_a_text_and_says_where(content: bytes | None, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "text.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(InputError) as error:
-        read_text(path)
-    assert str(error.value) == f"{tmp_path}/{message}"
-
-
-def test_refuses_a_directory_as_text(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\); give a text file"):
-        read_text(tmp_path)
-
-
-def test_windows_are_evenly_spaced_and_do_not_overlap() -> None:
-    cut = windows(range(23), 4, 3)
-    np.testing.assert_array_equal(cut, [[0, 1, 2], [5, 6, 7], [10, 11, 12], [15, 16, 17]])
-
-
-def test_windows_may_use_every_token() -> None:
-    np.testing.assert_array_equal(windows(range(6), 2, 3), [[0, 1, 2], [3, 4, 5]])
-
-
-def test_says_how_many_tokens_are_missing() -> None:
-    with pytest.raises(InputError, match=r"a\.txt: has 5 tokens, needs 6 for 2 windows of 3; give"):
-        windows(range(5), 2, 3, where="a.txt")
-
-
-@pytest.mark.parametrize(("count", "length"), [(0, 8), (1, 1), (-1, 8)])
-def test_refuses_windows_without_a_prediction(count: int, length: int) -> None:
-    with pytest.raises(UsageError, match="needs at least 1 window of 2 tokens"):
-        windows(range(100), count, length)
 
 
 def test_log_probabilities_survive_large_logits() -> None:

@@ -42,6 +42,7 @@ from quarot_onnx.validate.behaviour import (
     check_padding,
     check_sensitivity,
 )
+from quarot_onnx.validate.side_by_side import check_outputs, load_tolerances
 from quarot_onnx.validate.subject import Subject
 from quarot_onnx.validate.verdict import Finding, Skip, Stage, Verdict
 from quarot_onnx.validate.weights import check_weights
@@ -66,6 +67,8 @@ _STAGES: dict[str, Callable[[Subject], Finding]] = {
     # Does it stay the same model token by token and in a batch?
     "cache": check_cache,
     "padding": check_padding,
+    # Does every host compute the same?
+    "outputs": check_outputs,
 }
 
 IDS = tuple(_STAGES)
@@ -78,6 +81,7 @@ def validate(
     *,
     require: Sequence[str] = (),
     tolerance: float | None = None,
+    tolerances: Path | None = None,
     runtime: str = "ort-cpu",
     threads: int | None = None,
     progress: Callable[[Stage], None] | None = None,
@@ -90,6 +94,7 @@ def validate(
         require: stages that may not be skipped.
         tolerance: of two computations of one function, see `Subject`; by the artifact's dtype
             where None.
+        tolerances: a file for stage ``outputs``, see `quarot_onnx.validate.side_by_side`.
         runtime: where the graph runs.
         threads: of one operator.
         progress: called after each stage.
@@ -106,6 +111,8 @@ def validate(
         if name not in IDS:
             raise UsageError(f"--require {name}: no such stage; stages are {', '.join(IDS)}")
     subject = Subject(artifact, reference, runtime=runtime, threads=threads, tolerance=tolerance)
+    if tolerances is not None:
+        subject.tolerances = load_tolerances(tolerances)
     if reference is not None:
         _ = subject.checkpoint, subject.judge  # a damaged reference is no finding on the artifact
     stages: list[Stage] = []

@@ -23,6 +23,7 @@ from quarot_onnx.validate.verdict import Skip
 
 if TYPE_CHECKING:
     from quarot_onnx.reference import FakeQuantModel, HuggingFaceModel
+    from quarot_onnx.validate.side_by_side import Tolerance
 
 _SIZES = (
     "hidden_size",
@@ -73,6 +74,7 @@ class Subject:
         element_type: `dtype` as ONNX spells it.
         epsilon: the spacing of `dtype` at 1.
         tolerance: max|difference| / max|logit| of two computations of one function in `dtype`.
+        tolerances: of the outputs that hosts are compared by; empty where no file gave them.
         is_loaded: the runtime took the graph; `check_load` sets it.
         is_finite: all weights and logits are finite; `check_finite` sets it.
     """
@@ -101,6 +103,7 @@ class Subject:
             ) from error
         self.is_loaded = False
         self.is_finite = False
+        self.tolerances: dict[str, Tolerance] = {}
 
     # --- The artifact ---
 
