@@ -19,11 +19,15 @@ from quarot_onnx import artifacts
 from quarot_onnx.calibration import Calibration
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UsageError
+from quarot_onnx.export.architectures import dimensions
 from quarot_onnx.export.checkpoint import Checkpoint
 from quarot_onnx.export.huggingface import COMPANIONS, onnx_from_huggingface
 from quarot_onnx.export.polygraphy_run import save_polygraphy
 from quarot_onnx.passes import Report, pipeline, untie_embeddings
 from quarot_onnx.recipe import Recipe
+from quarot_onnx.targets import targets_of
+from quarot_onnx.transforms import FILE as TRANSFORMS
+from quarot_onnx.transforms import Transforms
 
 DTYPES = {
     "float32": ir.DataType.FLOAT,
@@ -41,15 +45,21 @@ class Rewritten:
         model: valid ONNX, not yet written.
         decoder: handles into it.
         reports: what each pass did, in order.
+        transforms: the matrices that were given or learned; empty where there are none.
     """
 
     model: ir.Model
     decoder: Decoder
     reports: tuple[Report, ...]
+    transforms: Transforms
 
 
 def rewrite(
-    checkpoint: Checkpoint, recipe: Recipe, dtype: str, calibration: Calibration | None = None
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    dtype: str,
+    calibration: Calibration | None = None,
+    transforms: Transforms | None = None,
 ) -> Rewritten:
     """Trace the model and apply the recipe's passes.
 
@@ -60,6 +70,7 @@ def rewrite(
         recipe: rotations, bits and methods.
         dtype: a key of `DTYPES`, for the float parts.
         calibration: what calibrated methods may look at.
+        transforms: matrices that take the place of the recipe's; nothing is learned then.
 
     Raises:
         UsageError: a method of the recipe looks at text and there is no calibration.
@@ -73,12 +84,21 @@ def rewrite(
     model = onnx_from_huggingface(checkpoint, DTYPES[dtype])
     reports = [untie_embeddings(model)]
     decoder = Decoder.locate(model)
-    reports += [apply() for apply in pipeline(recipe, decoder, calibration)]
+    if recipe.learning.places and calibration is not None and transforms is None:
+        from quarot_onnx.learning import learn  # noqa: PLC0415  # imports torch's optimizers
+
+        learned = learn(checkpoint.directory, recipe, calibration)
+        reports.append(learned.report)
+        transforms = learned.transforms
+    passes = pipeline(recipe, decoder, calibration, transforms)
+    reports += [apply() for apply in passes]
     common_passes.RemoveUnusedNodesPass()(model)
     _sort_initializers(model)
     model.metadata_props["quarot.recipe"] = recipe.name
     model.metadata_props["quarot.seed"] = str(recipe.seed)
-    return Rewritten(model, decoder, tuple(reports))
+    found = {name: array for apply in passes for name, array in apply.found.items()}
+    given = (transforms or Transforms()).including(found)
+    return Rewritten(model, decoder, tuple(reports), given)
 
 
 def _sort_initializers(model: ir.Model) -> None:
@@ -102,6 +122,7 @@ def export(
     *,
     dtype: str = "float32",
     calibration: Calibration | None = None,
+    transforms: Path | None = None,
     force: bool = False,
     progress: artifacts.Progress | None = None,
 ) -> dict[str, Any]:
@@ -113,6 +134,8 @@ def export(
         recipe: rotations and bits.
         dtype: a key of `DTYPES`, for the float parts.
         calibration: what calibrated methods may look at; recipes without one leave it alone.
+        transforms: a file of matrices (`quarot_onnx.transforms`), such as an artifact's own; what
+            it holds replaces the recipe's rotations, and nothing is learned.
         force: replace an existing artifact.
         progress: called while weights are written.
 
@@ -124,12 +147,16 @@ def export(
     """
     with artifacts.publish(out_dir, force=force) as staging:
         checkpoint = Checkpoint(model_dir)
-        rewritten = rewrite(checkpoint, recipe, dtype, calibration)
+        sizes = dimensions(checkpoint.config)
+        given = None if transforms is None else Transforms.load(transforms, sizes)
+        rewritten = rewrite(checkpoint, recipe, dtype, calibration, given)
         artifacts.require_space(out_dir, artifacts.stored_bytes(rewritten.model))
         artifacts.save_model(rewritten.model, staging, progress)
         for name in COMPANIONS:
             if (model_dir / name).is_file():
                 shutil.copyfile(model_dir / name, staging / name)
+        if rewritten.transforms:
+            rewritten.transforms.save(staging / TRANSFORMS)
         save_polygraphy(staging)
         artifacts.save_manifest(
             staging,
@@ -139,8 +166,11 @@ def export(
                     "files": {path.name: artifacts.sha256(path) for path in checkpoint.files},
                 },
                 "recipe": recipe.model_dump(),
-                "targets": [asdict(target) for target in recipe.targets()],
+                "targets": [
+                    asdict(target) for target in targets_of(recipe, rewritten.transforms.online)
+                ],
                 **_calibrated(recipe, calibration),
+                **_transformed(rewritten.transforms),
                 "dtype": dtype,
                 "passes": [_report(report) for report in rewritten.reports],
             },
@@ -161,6 +191,13 @@ def _calibrated(recipe: Recipe, calibration: Calibration | None) -> dict[str, An
             "window_length": length,
         }
     }
+
+
+def _transformed(transforms: Transforms) -> dict[str, Any]:
+    """Where matrices come from, for the manifest of an artifact that has some."""
+    if not transforms:
+        return {}
+    return {"transforms": {"source": transforms.source, "places": transforms.places}}
 
 
 def _report(report: Report) -> dict[str, Any]:

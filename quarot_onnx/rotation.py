@@ -3,13 +3,17 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from quarot_onnx.errors import UnsupportedModelError
 from quarot_onnx.hadamard import Plan, plan, random_orthogonal, randomized_signs
 from quarot_onnx.weights import Float64
+
+if TYPE_CHECKING:
+    from quarot_onnx.recipe import Recipe
+    from quarot_onnx.transforms import Transforms
 
 RotationKind = Literal[
     "hadamard",
@@ -129,6 +133,21 @@ class Rotation:
             return self.plan.apply(weight * self.signs[:, None], axis=0)
         blocks = weight.reshape(-1, self.block_size, weight.shape[-1])
         return (self.block.T @ blocks).reshape(weight.shape)
+
+
+def residual_rotations(recipe: "Recipe", size: int, given: "Transforms") -> list[Rotation]:
+    """What may become R1 of a stream of `size` features: the given one, or one per seed.
+
+    Seeds follow the recipe's own, as many as ``rotations.candidates``.
+    """
+    if given.r1 is not None:
+        return [Rotation("given", size, recipe.seed, "R1", matrix=given.r1)]
+    rotations = recipe.rotations
+    assert rotations.r1 != "none"
+    return [
+        Rotation(rotations.r1, size, recipe.seed + i, "R1", rotations.group_size)
+        for i in range(rotations.candidates)
+    ]
 
 
 def _cosines(n: int) -> Float64:

@@ -7,24 +7,26 @@ with the names of SpinQuant's (arXiv 2405.16406); the other names are this proje
 that a file leaves out keeps what the recipe says.
 
 Vectors are rows, as everywhere: a matrix M acts as ``x @ M``. With n = hidden_size, d = head_dim,
-H query heads, K cache heads and m = intermediate_size, of layer N:
+H query heads, K cache heads and m = intermediate_size, of ``model.layers.N``:
 
 | tensor | shape | place |
 |---|---|---|
 | ``R1`` | [n, n] | the residual stream; orthogonal |
-| ``model.layers.N.self_attn.R2`` | [d, d] | values of every head; orthogonal |
-| ``model.layers.N.self_attn.value`` | [K, d, d] | values of each cache head; in place of R2 |
-| ``model.layers.N.self_attn.key`` | [d, d] | keys; queries by its inverse transpose; in place of R3 |
-| ``model.layers.N.self_attn.heads`` | [H, H] | o_proj's input, across heads |
-| ``model.layers.N.mlp.down_A``, ``down_B`` | [a, a], [b, b], a b = m | down_proj's input; for R4 |
-| ``model.layers.N.mlp.up`` | [m] | divides up_proj's output, multiplies down_proj's input |
-| ``model.layers.N.input_layernorm.scale`` | [n] | multiplies the norm's output |
-| ``model.layers.N.post_attention_layernorm.scale`` | [n] | the same |
+| ``self_attn.R2`` | [d, d] | values of every head; orthogonal |
+| ``self_attn.value`` | [K, d, d] | values of each cache head; in place of R2 |
+| ``self_attn.key`` | [d, d] | keys, and queries by its inverse transpose; in place of R3 |
+| ``self_attn.heads`` | [H, H] | o_proj's input, across heads |
+| ``mlp.down_A``, ``mlp.down_B`` | [a, a], [b, b] | down_proj's input, a b = m; in place of R4 |
+| ``mlp.up`` | [m] | divides up_proj's output, multiplies down_proj's weight |
+| ``input_layernorm.scale`` | [n] | multiplies the norm's output |
+| ``post_attention_layernorm.scale`` | [n] | the same |
 
 Orthogonal matrices are refused where they are not, and made so to float64 rounding where they were
 stored in fewer bits. All others need only be invertible: their inverses go into weights.
 """
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +44,8 @@ FILE = "transforms.safetensors"
 _ORTHOGONAL_WITHIN = 1e-2  # of max|Q Q^T - 1|: a matrix stored in bfloat16 is within 3e-3
 _LARGEST_CONDITION = 1e6  # beyond, float32 activations lose what they are transformed for
 
+_ONLINE = ("mlp.down_A", "self_attn.heads", "self_attn.key")
+_IN_LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
 _ATTENTION = "model.layers.{}.self_attn."
 _MLP = "model.layers.{}.mlp."
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -82,14 +86,9 @@ class Transforms:
             _require_shape(where, array, expected[name])
             checked[name] = _checked(where, name.rpartition(".")[2], array)
         result = cls(checked, source)
+        result._require_all_layers(dimensions.num_layers)
         for layer in range(dimensions.num_layers):
             result._require_factors(layer, dimensions)
-            if result._at(_ATTENTION, layer, "R2") is not None and (
-                result._at(_ATTENTION, layer, "value") is not None
-            ):
-                raise InputError(
-                    f"{source}: layer {layer} has R2 and value, which are one place; keep one"
-                )
         return result
 
     @classmethod
@@ -106,14 +105,43 @@ class Transforms:
             )
         return cls.of(read_tensors(path), dimensions, path.name)
 
+    @classmethod
+    def of_artifact(cls, artifact: Path, dimensions: Dimensions) -> "Transforms":
+        """Those that an artifact was made with; empty where it has none.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        path = artifact / FILE
+        return cls.load(path, dimensions) if path.exists() else cls()
+
+    def including(self, found: Mapping[str, Float64]) -> "Transforms":
+        """These and `found`, which passes have chosen by looking at data."""
+        if not found:
+            return self
+        return Transforms({**self.tensors, **found}, self.source or "calibration")
+
     def save(self, path: Path) -> None:
         """Write ``.safetensors`` in float64: what is read back is what was applied."""
-        from safetensors.numpy import save_file  # noqa: PLC0415
+        from safetensors.numpy import save  # noqa: PLC0415
 
-        save_file({name: np.ascontiguousarray(x) for name, x in sorted(self.tensors.items())}, path)
+        arrays = {name: np.ascontiguousarray(x) for name, x in sorted(self.tensors.items())}
+        path.write_bytes(save(arrays))
 
     def __bool__(self) -> bool:
         return bool(self.tensors)
+
+    @property
+    def places(self) -> list[str]:
+        """What is given, without the layers: ``R1``, ``self_attn.R2``, ..."""
+        layered = (_IN_LAYER.match(name) for name in self.tensors)
+        names = {found[1] for found in layered if found}
+        return sorted(names | ({"R1"} & set(self.tensors)))
+
+    @property
+    def online(self) -> list[str]:
+        """The places whose matrices run as nodes of the graph."""
+        return [place for place in self.places if place in _ONLINE]
 
     @property
     def r1(self) -> Float64 | None:
@@ -151,14 +179,37 @@ class Transforms:
     def _at(self, place: str, layer: int, name: str) -> Float64 | None:
         return self.tensors.get(place.format(layer) + name)
 
+    def _require_all_layers(self, num_layers: int) -> None:
+        """A place is given in every layer or in none, and values have one matrix."""
+        layers: dict[str, int] = {}
+        for name in self.tensors:
+            if found := _IN_LAYER.match(name):
+                layers[found[1]] = layers.get(found[1], 0) + 1
+        for place, count in layers.items():
+            if count != num_layers:
+                raise InputError(
+                    f"{self.source}: {place} is given for {count} of {num_layers} layers; "
+                    "give it for all or none"
+                )
+        if {"self_attn.R2", "self_attn.value"} <= set(layers):
+            raise InputError(
+                f"{self.source}: has self_attn.R2 and self_attn.value, which are one place; "
+                "keep one"
+            )
+
     def _require_factors(self, layer: int, dimensions: Dimensions) -> None:
         a, b = (self._at(_MLP, layer, f"down_{side}") for side in "AB")
         sizes = [len(x) for x in (a, b) if x is not None]
-        if sizes and (len(sizes) == 1 or sizes[0] * sizes[1] != dimensions.intermediate_size):
+        if sizes and (len(sizes) == 1 or math.prod(sizes) != dimensions.intermediate_size):
             raise InputError(
                 f"{self.source}: layer {layer} has down_A and down_B of orders {sizes}, which do "
                 f"not make {dimensions.intermediate_size}; give both, with that product"
             )
+
+
+def inverse(matrix: Float64) -> Float64:
+    """The inverse of matrices [..., n, n], in float64."""
+    return np.linalg.inv(matrix).astype(np.float64)
 
 
 def _shapes(dimensions: Dimensions) -> dict[str, tuple[int | None, ...]]:

@@ -24,7 +24,8 @@ class LearnedRotation(torch.nn.Module):
         """R, float64 [n, n]."""
         skew = (self.free - self.free.T).double() / 2
         one = torch.eye(len(skew), dtype=torch.float64)
-        return self.start @ torch.linalg.solve(one + skew, one - skew)
+        turn: torch.Tensor = torch.linalg.solve(one + skew, one - skew)
+        return self.start @ turn
 
     def inverse(self) -> torch.Tensor:
         """The transpose."""
@@ -45,4 +46,5 @@ class LearnedMatrix(torch.nn.Module):
 
     def inverse(self) -> torch.Tensor:
         """Its inverse."""
-        return torch.linalg.inv(self.matrix())
+        inverse: torch.Tensor = torch.linalg.inv(self.matrix())
+        return inverse

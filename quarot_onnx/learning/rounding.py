@@ -10,19 +10,22 @@ import torch
 
 def straight_through_round(x: torch.Tensor) -> torch.Tensor:
     """``round(x)``, half to even, with the gradient of x (Bengio et al., arXiv 1308.3432)."""
-    return x + (torch.round(x) - x).detach()
+    rounded: torch.Tensor = x + (torch.round(x) - x).detach()
+    return rounded
 
 
 def round_activation(x: torch.Tensor, bits: int, clip_ratio: float) -> torch.Tensor:
-    """x [..., features] rounded per token, symmetric: the values of `ops.quantize_int4`."""
+    """X [..., features] rounded per token, symmetric: the values of `ops.quantize_int4`."""
     top = 2 ** (bits - 1) - 1
     largest = x.abs().amax(dim=-1, keepdim=True)
     scale = torch.where(largest == 0, torch.ones_like(largest), largest * (clip_ratio / top))
-    return torch.clamp(straight_through_round(x / scale), -top - 1, top) * scale
+    codes = torch.clamp(straight_through_round(x / scale), -top - 1, top)
+    values: torch.Tensor = codes * scale
+    return values
 
 
 def round_cache(x: torch.Tensor, bits: int, clip_ratio: float) -> torch.Tensor:
-    """x [..., head_dim] rounded per token and head, asymmetric: the values of `ops.quantize_kv`."""
+    """X [..., head_dim] rounded per token and head, asymmetric: the values of `ops.quantize_kv`."""
     top = 2**bits - 1
     low = x.amin(dim=-1, keepdim=True).clamp(max=0)
     high = x.amax(dim=-1, keepdim=True).clamp(min=0)
@@ -30,11 +33,14 @@ def round_cache(x: torch.Tensor, bits: int, clip_ratio: float) -> torch.Tensor:
     scale = torch.where(span == 0, torch.ones_like(span), span * (clip_ratio / top))
     zero = straight_through_round(-low * clip_ratio / scale)
     codes = torch.clamp(straight_through_round(x / scale) + zero, 0, top)
-    return (codes - zero) * scale
+    values: torch.Tensor = (codes - zero) * scale
+    return values
 
 
 def round_weight(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """weight [out, in] rounded per output channel, symmetric, over the whole range."""
+    """Weight [out, in] rounded per output channel, symmetric, over the whole range."""
     top = 2 ** (bits - 1) - 1
     scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / top
-    return torch.clamp(straight_through_round(weight / scale), -top - 1, top) * scale
+    codes = torch.clamp(straight_through_round(weight / scale), -top - 1, top)
+    values: torch.Tensor = codes * scale
+    return values

@@ -19,6 +19,7 @@ import transformers
 from torch.nn import functional
 from transformers.masking_utils import eager_mask
 
+from quarot_onnx.errors import UnsupportedModelError
 from quarot_onnx.hadamard import Plan, plan, random_orthogonal
 from quarot_onnx.learning.matrices import LearnedMatrix, LearnedRotation
 from quarot_onnx.learning.rounding import round_activation, round_cache, round_weight
@@ -28,6 +29,7 @@ from quarot_onnx.weights import Float64
 
 ATTENTION_NAME = "quarot_learning"
 _FLOAT_BITS = 16
+_LARGEST_FACTOR = 1024  # a dense product of this order already costs more than many a linear
 
 Turn = Callable[[torch.Tensor], torch.Tensor]
 Matrix = LearnedRotation | LearnedMatrix
@@ -55,9 +57,8 @@ class Student(torch.nn.Module):
         self.num_heads = int(config.num_attention_heads)
         self.num_kv_heads = int(config.num_key_value_heads)
         self._r1 = self._make_r1()
-        self.layers = torch.nn.ModuleList(
-            _LayerPlaces(self, index) for index in range(config.num_hidden_layers)
-        )
+        self.places = [_LayerPlaces(self, index) for index in range(config.num_hidden_layers)]
+        self.layers = torch.nn.ModuleList(self.places)  # which makes them parameters
         self.residual = torch.eye(1)  # R1 of the present step, float32
         self._replace_modules()
 
@@ -74,13 +75,13 @@ class Student(torch.nn.Module):
     @property
     def scales(self) -> list[torch.nn.Parameter]:
         """The logarithms of the learned scales."""
-        found = [scale for places in self.layers for scale in places.scales()]
+        found = [scale for places in self.places for scale in places.scales()]
         return [scale for scale in found if isinstance(scale, torch.nn.Parameter)]
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits [B, S, vocabulary] of input_ids [B, S], with gradients."""
         self.residual = self._r1_matrix().float()
-        for places in self.layers:
+        for places in self.places:
             places.refresh()
         logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
         return logits
@@ -91,7 +92,7 @@ class Student(torch.nn.Module):
         found: dict[str, Float64] = {}
         if "r1" in self.learned:
             found["R1"] = self._r1_matrix().numpy()
-        for index, places in enumerate(self.layers):
+        for index, places in enumerate(self.places):
             found |= places.tensors(f"model.layers.{index}.")
         return found
 
@@ -111,7 +112,7 @@ class Student(torch.nn.Module):
         self.model.set_attn_implementation(ATTENTION_NAME)
         inner = self.model.model
         inner.embed_tokens = _Embedding(self, inner.embed_tokens)
-        for layer, places in zip(inner.layers, self.layers, strict=True):
+        for layer, places in zip(inner.layers, self.places, strict=True):
             attention, mlp = layer.self_attn, layer.mlp
             first, second = layer.input_layernorm, layer.post_attention_layernorm
             attention.quarot_places = places
@@ -142,7 +143,7 @@ class Student(torch.nn.Module):
         return self.residual.T @ weight
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
-        """x as the linear behind it sees it."""
+        """What the linear behind x sees of it."""
         activations = self.recipe.activations
         if activations.bits == _FLOAT_BITS:
             return x
@@ -160,30 +161,34 @@ class _LayerPlaces(torch.nn.Module):
         rotations = recipe.rotations
         self._residual: Callable[[], torch.Tensor] = lambda: student.residual
         d, m, n = student.head_dim, int(config.intermediate_size), int(config.hidden_size)
-        value = _start(plan(d), rotations.r2, d, f"value.{index}", recipe.seed)
-        key = _start(plan(d), rotations.r3, d, f"key.{index}", recipe.seed)
-        heads_plan = plan(self.num_heads, policy="full")
-        heads = _start(heads_plan, rotations.heads, self.num_heads, f"heads.{index}", recipe.seed)
-        self.value: Matrix | torch.Tensor = value
+        across = plan(self.num_heads, policy="full")
+
+        def make(name: str, given: Plan, is_used: bool) -> Matrix | torch.Tensor:
+            if name not in learned:
+                return _constant(given, is_used)
+            return LearnedMatrix(_start(given, is_used, f"{name}.{index}", recipe.seed))
+
+        self.value: Matrix | torch.Tensor = _constant(plan(d), rotations.r2)
         if "r2" in learned:
-            self.value = LearnedRotation(value)
+            self.value = LearnedRotation(_start(plan(d), rotations.r2, f"r2.{index}", recipe.seed))
         elif "value" in learned:
-            self.value = LearnedMatrix(value.expand(self.num_kv_heads, d, d).clone())
-        self.key = LearnedMatrix(key) if "key" in learned else key
-        self.heads = LearnedMatrix(heads) if "heads" in learned else heads
+            start = _start(plan(d), rotations.r2, f"value.{index}", recipe.seed)
+            self.value = LearnedMatrix(start.expand(self.num_kv_heads, d, d).clone())
+        self.key = make("key", plan(d), rotations.r3)
+        self.heads = make("heads", across, rotations.heads)
         self.down: Any
         if "down" in learned:
             a, b = balanced_factors(m)
             self.down = torch.nn.ModuleList(
-                LearnedMatrix(_start(plan(size), True, size, f"down.{index}.{side}", recipe.seed))
+                LearnedMatrix(_start(plan(size), rotations.r4, f"down.{index}.{side}", recipe.seed))
                 for size, side in ((a, "A"), (b, "B"))
             )
         else:
-            self.down = [
-                torch.from_numpy(x)
-                for x in (plan(m) if rotations.r4 else Plan(m, (), m)).matrices()
-            ]
-        self.up = torch.nn.Parameter(torch.zeros(m)) if "up" in learned else torch.zeros(m)
+            fixed = plan(m) if rotations.r4 else Plan(m, (), m)
+            self.down = [torch.from_numpy(matrix) for matrix in fixed.matrices()]
+        self.up: torch.Tensor = torch.zeros(m)
+        if "up" in learned:
+            self.up = torch.nn.Parameter(self.up)
         self.norms: Any = [torch.zeros(n), torch.zeros(n)]
         if "norms" in learned:
             self.norms = torch.nn.ParameterList(torch.zeros(n) for _ in range(2))
@@ -212,7 +217,9 @@ class _LayerPlaces(torch.nn.Module):
             if isinstance(place, LearnedMatrix):
                 found[f"self_attn.{name}"] = place.matrix()
         if "down" in self.learned:
-            found |= {f"mlp.down_{side}": x.matrix() for side, x in zip("AB", self.down, strict=True)}
+            found |= {
+                f"mlp.down_{side}": x.matrix() for side, x in zip("AB", self.down, strict=True)
+            }
         if "up" in self.learned:
             found["mlp.up"] = self.up.double().exp()
         if "norms" in self.learned:
@@ -226,7 +233,8 @@ class _LayerPlaces(torch.nn.Module):
         """What becomes of the weight [out, in] of a reader of norm `which`."""
 
         def turn(weight: torch.Tensor) -> torch.Tensor:
-            return (weight @ self._residual()) / self.norms[which].exp()
+            scale: torch.Tensor = self.norms[which].exp()
+            return (weight @ self._residual()) / scale
 
         return turn
 
@@ -234,7 +242,8 @@ class _LayerPlaces(torch.nn.Module):
         """``M.T W`` head by head, of v_proj's weight [K * d, in]; a bias [K * d, 1] likewise."""
         matrix, _ = self.present["value"]
         by_head = weight.reshape(self.num_kv_heads, matrix.shape[-1], -1)
-        return (matrix.mT @ by_head).reshape(weight.shape)
+        turned: torch.Tensor = matrix.mT @ by_head
+        return turned.reshape(weight.shape)
 
     def turn_o_inputs(self, weight: torch.Tensor) -> torch.Tensor:
         """``W (M^-T ⊗ ...)`` of o_proj's weight [out, H * d]: values and heads undone."""
@@ -250,8 +259,8 @@ class _LayerPlaces(torch.nn.Module):
     def turn_heads(self, x: torch.Tensor) -> torch.Tensor:
         """``x (M ⊗ I)`` in front of o_proj."""
         matrix, _ = self.present["heads"]
-        by_head = x.unflatten(-1, (self.num_heads, -1))
-        return torch.einsum("...hd,hg->...gd", by_head, matrix).flatten(-2)
+        by_head = x.reshape(*x.shape[:-1], self.num_heads, -1)
+        return torch.einsum("...hd,hg->...gd", by_head, matrix).reshape(x.shape)
 
     def shrink_up_outputs(self, weight: torch.Tensor) -> torch.Tensor:
         """up_proj's rows divided by the scales."""
@@ -283,7 +292,7 @@ class _Embedding(torch.nn.Module):
     def __init__(self, student: Student, embedding: torch.nn.Embedding) -> None:
         super().__init__()
         self.embedding = embedding
-        self._residual = lambda: student.residual
+        self._residual: Callable[[], torch.Tensor] = lambda: student.residual
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         rotated: torch.Tensor = self.embedding(input_ids) @ self._residual()
@@ -297,7 +306,7 @@ class _Norm(torch.nn.Module):
         super().__init__()
         self.epsilon = float(norm.variance_epsilon)
         self._round = student.round
-        self._scale: Callable[[], torch.Tensor] = lambda: places.norms[which].exp()
+        self._scale: Callable[[], torch.Tensor] = places.norms[which].exp
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._round(_normalized(x, self.epsilon) * self._scale())
@@ -309,10 +318,11 @@ class _FinalNorm(torch.nn.Module):
     def __init__(self, student: Student, norm: Any) -> None:
         super().__init__()
         self.weight, self.epsilon = norm.weight, float(norm.variance_epsilon)
-        self._residual = lambda: student.residual
+        self._residual: Callable[[], torch.Tensor] = lambda: student.residual
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (_normalized(x, self.epsilon) @ self._residual().T) * self.weight
+        scaled: torch.Tensor = (_normalized(x, self.epsilon) @ self._residual().T) * self.weight
+        return scaled
 
 
 class _Linear(torch.nn.Module):
@@ -336,7 +346,8 @@ class _Linear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.prepare is not None:
             x = self._round(self.prepare(x))
-        weight, bias = self.weight, self.bias
+        weight: torch.Tensor = self.weight
+        bias: torch.Tensor | None = self.bias
         if self.turn_input is not None:
             weight = self.turn_input(weight)
         if self.turn_output is not None:
@@ -378,13 +389,17 @@ def _kronecker(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tenso
     return torch.einsum("...ab,ac->...cb", folded @ b, a).reshape(x.shape)
 
 
-def _start(given: Plan, is_used: bool, size: int, site: str, seed: int) -> torch.Tensor:
-    """Where a place begins: the recipe's Hadamard, the identity, or a rotation of another order."""
-    if not is_used:
-        return torch.eye(size, dtype=torch.float64)
-    if given.kind == "full":
-        return torch.from_numpy(given.matrix())
-    return torch.from_numpy(random_orthogonal(size, seed, site))
+def _constant(given: Plan, is_used: bool) -> torch.Tensor:
+    """The matrix that the recipe's pass puts in a place; the identity where there is none."""
+    blocks = np.kron(np.eye(given.size // given.block_size), given.matrix())
+    return torch.from_numpy(blocks if is_used else np.eye(given.size))
+
+
+def _start(given: Plan, is_used: bool, site: str, seed: int) -> torch.Tensor:
+    """Where a learned place begins: as a constant, or at random where no Hadamard is full."""
+    if is_used and given.kind != "full":
+        return torch.from_numpy(random_orthogonal(given.size, seed, site))
+    return _constant(given, is_used)
 
 
 def _with_inverse(place: Matrix | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -395,6 +410,15 @@ def _with_inverse(place: Matrix | torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def balanced_factors(n: int) -> tuple[int, int]:
-    """(a, b) with a b = n and the smallest a + b, a at most b: the cheapest Kronecker product."""
+    """(a, b) with a b = n and the smallest a + b, a at most b: the cheapest Kronecker product.
+
+    Raises:
+        UnsupportedModelError: n has no such factors of at most `_LARGEST_FACTOR`.
+    """
     a = next(a for a in range(int(n**0.5), 0, -1) if n % a == 0)
+    if n // a > _LARGEST_FACTOR:
+        raise UnsupportedModelError(
+            f"down_proj: in_features = {n} has no factors up to {_LARGEST_FACTOR} for a Kronecker "
+            "product; take down out of learning.places"
+        )
     return a, n // a

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UnsupportedModelError
+from quarot_onnx.weights import Float64
 
 APPLIED = "quarot.passes"
 """Model metadata: the passes applied so far, in order."""
@@ -49,12 +50,18 @@ class Pass(ABC):
 
     Valid ONNX before, valid ONNX after. `requires` looks at every site before `rewrite` changes the
     first, so that a refused model is untouched.
+
+    Attributes:
+        decoder: handles into the graph.
+        found: matrices and scales that the pass has chosen by looking at data, by the names of
+            `quarot_onnx.transforms`; they are saved with the artifact.
     """
 
     effect: ClassVar[Effect]
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
+        self.found: dict[str, Float64] = {}
 
     @property
     def name(self) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UnsupportedModelError
 from quarot_onnx.passes.base import Effect, Pass, Report
+from quarot_onnx.transforms import inverse
 from quarot_onnx.weights import Float64
 
 
@@ -51,7 +52,7 @@ class FuseValueTransformPass(Pass):
             if v.bias is not None:
                 v.bias.compose(0, partial(_outputs, matrices))
             by_query = attention.num_heads // attention.num_kv_heads
-            o.weight.compose(0, partial(_inputs, np.linalg.inv(matrices).repeat(by_query, axis=0)))
+            o.weight.compose(0, partial(_inputs, inverse(matrices).repeat(by_query, axis=0)))
         return self.report(2 * len(self.matrices), "given, one per cache head")
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.passes.base import Effect, Pass, Report
 from quarot_onnx.passes.online import insert_transform
+from quarot_onnx.transforms import inverse
 from quarot_onnx.weights import Float64
 
 
@@ -39,7 +40,7 @@ class InsertDownTransformPass(Pass):
             insert_transform(
                 self.decoder.model, down.node, 0, (a, b), f"{down.module}/down_transform"
             )
-            inverses = np.linalg.inv(a), np.linalg.inv(b)
+            inverses = inverse(a), inverse(b)
             down.weight.compose(0, partial(kronecker_inputs, *inverses))
         orders = " x ".join(str(len(x)) for x in self.factors[0])
         return self.report(len(self.factors), f"given {orders}")

@@ -10,11 +10,10 @@ The heads Hadamard with a given matrix in its place: online in front, its invers
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
-
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.passes.base import Effect, Pass, Report
 from quarot_onnx.passes.online import insert_head_transform
+from quarot_onnx.transforms import inverse
 from quarot_onnx.weights import Float64
 
 
@@ -38,7 +37,7 @@ class InsertHeadTransformPass(Pass):
             insert_head_transform(
                 self.decoder.model, o.node, 0, matrix, f"{o.module}/head_transform"
             )
-            o.weight.compose(0, partial(_across_heads, np.linalg.inv(matrix)))
+            o.weight.compose(0, partial(_across_heads, inverse(matrix)))
         return self.report(len(self.matrices), "given")
 
 

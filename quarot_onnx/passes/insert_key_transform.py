@@ -16,6 +16,7 @@ import numpy as np
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.passes.base import Effect, Pass, Report
 from quarot_onnx.passes.online import insert_transform
+from quarot_onnx.transforms import inverse
 from quarot_onnx.weights import Float64
 
 
@@ -39,8 +40,10 @@ class InsertKeyTransformPass(Pass):
             attention = layer.attention
             module = (attention.node.name or "").rpartition("/")[0]
             one = np.ones((1, 1))
-            inverse = np.linalg.inv(matrix).T
-            insert_transform(model, attention.node, 0, (one, inverse), f"{module}/query_transform")
+            backwards = inverse(matrix).T
+            insert_transform(
+                model, attention.node, 0, (one, backwards), f"{module}/query_transform"
+            )
             insert_transform(
                 model, attention.key_append, 1, (one, matrix), f"{module}/key_transform"
             )

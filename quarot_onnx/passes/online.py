@@ -41,7 +41,7 @@ def insert_transform(
 ) -> None:
     """Multiply input `position` of `node` by ``A ⊗ B`` along its last axis."""
     matrices = [
-        _shared(model, f"{name.strip('/').replace('/', '.')}.{side}", matrix)
+        _shared(model, f"quarot{name.replace('/', '.')}.{side}", matrix)
         for side, matrix in zip("AB", factors, strict=True)
     ]
     _insert(model, node, position, "Transform", matrices, {}, name)
@@ -51,7 +51,7 @@ def insert_head_transform(
     model: ir.Model, node: ir.Node, position: int, matrix: Float64, name: str
 ) -> None:
     """Multiply input `position` of `node` by ``M ⊗ I``: across the heads of its last axis."""
-    value = _shared(model, f"{name.strip('/').replace('/', '.')}.A", matrix)
+    value = _shared(model, f"quarot{name.replace('/', '.')}.A", matrix)
     _insert(model, node, position, "TransformHeads", [value], {}, name)
 
 

@@ -9,12 +9,13 @@ rotation spreads what is left of an outlier channel over all of them (SmoothRot,
 A feed-forward without such a product (OPT, GPT-NeoX) is skipped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
+from quarot_onnx.calibration import Calibration, walk
 from quarot_onnx.decoder import Decoder, Linear, Mlp
 from quarot_onnx.errors import UnsupportedModelError
 from quarot_onnx.passes.base import APPLIED, Effect, Pass, Report
@@ -26,7 +27,10 @@ class SmoothDownInputPass(Pass):
 
     effect = Effect.EQUIVALENT
 
-    def __init__(self, decoder: Decoder, scales: Sequence[Float64], detail: str) -> None:
+    def __init__(
+        self, decoder: Decoder, scales: Callable[[], Sequence[Float64]], detail: str
+    ) -> None:
+        """`scales` gives [intermediate_size] of every layer, when the pass runs."""
         super().__init__(decoder)
         self.scales = scales
         self.detail = detail
@@ -44,19 +48,19 @@ class SmoothDownInputPass(Pass):
     def rewrite(self) -> Report:
         """Scale both sides of every product."""
         skipped: list[str] = []
-        for layer, scale in zip(self.decoder.layers, self.scales, strict=True):
+        for layer, scale in zip(self.decoder.layers, self.scales(), strict=True):
             up, down = multiplied_reader(layer.mlp), layer.mlp.down
             if up is None:
                 skipped.append(down.name)
                 continue
+            self.found[f"model.layers.{layer.index}.mlp.up"] = scale
             up.weight.compose(1, partial(np.multiply, 1 / scale))
             if up.bias is not None:
                 up.bias.compose(0, partial(np.multiply, 1 / scale))
             down.weight.compose(0, partial(np.multiply, scale[:, None]))
         reason = "no reader of the norm is a plain factor of its input"
-        return self.report(
-            len(self.scales) - len(skipped), self.detail, {reason: skipped} if skipped else None
-        )
+        sites = len(self.decoder.layers) - len(skipped)
+        return self.report(sites, self.detail, {reason: skipped} if skipped else None)
 
 
 def multiplied_reader(mlp: Mlp) -> Linear | None:
@@ -66,3 +70,24 @@ def multiplied_reader(mlp: Mlp) -> Linear | None:
         return None
     factors: list[ir.Value | None] = list(product.inputs)
     return next((linear for linear in mlp.readers if linear.output in factors), None)
+
+
+def scales_from_calibration(
+    decoder: Decoder, calibration: Calibration, alpha: float
+) -> list[Float64]:
+    """SmoothRot's scales of every layer, [intermediate_size].
+
+    ``s = max|x|**alpha / max|w|**(1 - alpha)`` of each input channel of down_proj, at least 1e-5,
+    over all tokens of `calibration` in the float model (section 3.2; its code takes the largest
+    signed weight where the paper's formula has the absolute one, which is used here).
+    """
+    scales: list[Float64] = []
+    for run in walk(decoder, calibration):
+        down = run.layer.mlp.down
+        largest = np.zeros(down.in_features)
+        for batch in run.capture({"x": down.x}):
+            np.maximum(largest, np.abs(batch["x"]).max(axis=0), out=largest)
+        weight = np.abs(down.weight.float64()).max(axis=1)
+        scale = largest**alpha / np.maximum(weight, 1e-12) ** (1 - alpha)
+        scales.append(np.maximum(scale, 1e-5))
+    return scales
