@@ -101,6 +101,13 @@ def export(
     settings: Settings = None,
     dtype: Dtype = "float32",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
+    certify: Annotated[
+        bool,
+        typer.Option(
+            "--certify/--no-certify",
+            help="Measure what each rotation changed; costs about as much as the export.",
+        ),
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, sizes and memory; write nothing.")
     ] = False,
@@ -121,7 +128,13 @@ def export(
 
     with _progress("writing weights") as progress:
         manifest = run_export(
-            model_dir, out_dir, resolved, dtype=dtype, force=force, progress=progress
+            model_dir,
+            out_dir,
+            resolved,
+            dtype=dtype,
+            force=force,
+            certify=certify,
+            progress=progress,
         )
     _emit(manifest, as_json, lambda: tables.show_manifest(out_dir, manifest))
 

@@ -340,6 +340,14 @@ class Decoder:
         return tuple(weight for weight in weights if weight is not None)
 
     @property
+    def states(self) -> tuple[ir.Value, ...]:
+        """The residual stream [B, S, hidden_size] before each layer, and before the last norm."""
+        norm_of = {reader: norm for norm in self.norms for reader in norm.readers}
+        norms = [*(norm_of[layer.attention.q] for layer in self.layers), self.norms[-1]]
+        states = (norm.node.inputs[0] for norm in norms)
+        return tuple(state for state in states if state is not None)
+
+    @property
     def post_norms(self) -> tuple[PostNorm, ...]:
         """Every norm between a writer and the stream."""
         return tuple(w.post_norm for w in self.writers if w.post_norm is not None)

@@ -17,13 +17,14 @@ import onnx_ir.passes.common as common_passes
 
 from quarot_onnx import artifacts
 from quarot_onnx.calibration import Calibration
+from quarot_onnx.certificate import Certificate, Certifier
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UsageError
 from quarot_onnx.export.architectures import dimensions
 from quarot_onnx.export.checkpoint import Checkpoint
 from quarot_onnx.export.huggingface import COMPANIONS, onnx_from_huggingface
 from quarot_onnx.export.polygraphy_run import save_polygraphy
-from quarot_onnx.passes import Report, pipeline, untie_embeddings
+from quarot_onnx.passes import Effect, Report, pipeline, untie_embeddings
 from quarot_onnx.recipe import Recipe
 from quarot_onnx.targets import targets_of
 from quarot_onnx.transforms import FILE as TRANSFORMS
@@ -45,12 +46,14 @@ class Rewritten:
         model: valid ONNX, not yet written.
         decoder: handles into it.
         reports: what each pass did, in order.
+        certificates: of each equivalent pass, by its name; empty where nothing was certified.
         transforms: the matrices that were given or learned; empty where there are none.
     """
 
     model: ir.Model
     decoder: Decoder
     reports: tuple[Report, ...]
+    certificates: dict[str, tuple[Certificate, ...]]
     transforms: Transforms
 
 
@@ -60,6 +63,8 @@ def rewrite(
     dtype: str,
     calibration: Calibration | None = None,
     transforms: Transforms | None = None,
+    *,
+    certify: bool = False,
 ) -> Rewritten:
     """Trace the model and apply the recipe's passes.
 
@@ -71,8 +76,10 @@ def rewrite(
         dtype: a key of `DTYPES`, for the float parts.
         calibration: what calibrated methods may look at.
         transforms: matrices that take the place of the recipe's; nothing is learned then.
+        certify: measure what each equivalent pass changed, for which every weight is read.
 
     Raises:
+        GateError: an equivalent pass has changed the function.
         UsageError: a method of the recipe looks at text and there is no calibration.
         InputError: damaged weights.
         UnsupportedModelError: an architecture or a dimension that a pass refuses.
@@ -91,14 +98,22 @@ def rewrite(
         reports.append(learned.report)
         transforms = learned.transforms
     passes = pipeline(recipe, decoder, calibration, transforms)
-    reports += [apply() for apply in passes]
+    exact = [apply for apply in passes if apply.effect is Effect.EQUIVALENT]
+    certifier = Certifier(decoder) if certify else None
+    certificates: dict[str, tuple[Certificate, ...]] = {}
+    for apply in passes:
+        reports.append(apply())
+        if certifier is not None and apply.effect is Effect.EQUIVALENT:
+            certifier.record(apply.name, apply.restate)
+            if apply is exact[-1]:  # before a calibrated pass takes its hours
+                certificates = certifier.certify()
     common_passes.RemoveUnusedNodesPass()(model)
     _sort_initializers(model)
     model.metadata_props["quarot.recipe"] = recipe.name
     model.metadata_props["quarot.seed"] = str(recipe.seed)
     found = {name: array for apply in passes for name, array in apply.found.items()}
     given = (transforms or Transforms()).including(found)
-    return Rewritten(model, decoder, tuple(reports), given)
+    return Rewritten(model, decoder, tuple(reports), certificates, given)
 
 
 def _sort_initializers(model: ir.Model) -> None:
@@ -124,6 +139,7 @@ def export(
     calibration: Calibration | None = None,
     transforms: Path | None = None,
     force: bool = False,
+    certify: bool = True,
     progress: artifacts.Progress | None = None,
 ) -> dict[str, Any]:
     """Export the Hugging Face model in `model_dir` to an artifact in `out_dir`.
@@ -137,6 +153,7 @@ def export(
         transforms: a file of matrices (`quarot_onnx.transforms`), such as an artifact's own; what
             it holds replaces the recipe's rotations, and nothing is learned.
         force: replace an existing artifact.
+        certify: measure what each equivalent pass changed; costs about as much as the export.
         progress: called while weights are written.
 
     Returns:
@@ -149,7 +166,7 @@ def export(
         checkpoint = Checkpoint(model_dir)
         sizes = dimensions(checkpoint.config)
         given = None if transforms is None else Transforms.load(transforms, sizes)
-        rewritten = rewrite(checkpoint, recipe, dtype, calibration, given)
+        rewritten = rewrite(checkpoint, recipe, dtype, calibration, given, certify=certify)
         artifacts.require_space(out_dir, artifacts.stored_bytes(rewritten.model))
         artifacts.save_model(rewritten.model, staging, progress)
         for name in COMPANIONS:
@@ -172,7 +189,10 @@ def export(
                 **_calibrated(recipe, calibration),
                 **_transformed(rewritten.transforms),
                 "dtype": dtype,
-                "passes": [_report(report) for report in rewritten.reports],
+                "passes": [
+                    _report(report, rewritten.certificates.get(report.name, ()))
+                    for report in rewritten.reports
+                ],
             },
         )
         return artifacts.load_manifest(staging)
@@ -200,5 +220,9 @@ def _transformed(transforms: Transforms) -> dict[str, Any]:
     return {"transforms": {"source": transforms.source, "places": transforms.places}}
 
 
-def _report(report: Report) -> dict[str, Any]:
-    return {**asdict(report), "effect": report.effect.value}
+def _report(report: Report, certificates: tuple[Certificate, ...]) -> dict[str, Any]:
+    return {
+        **asdict(report),
+        "effect": report.effect.value,
+        "certificates": [certificate.as_json() for certificate in certificates],
+    }

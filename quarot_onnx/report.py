@@ -181,6 +181,8 @@ class PassEntry:
     sites: int
     detail: str = ""
     skipped: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    records: Sequence[Mapping[str, Any]] = ()
+    certificates: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any]) -> tuple["PassEntry", ...]:

@@ -77,12 +77,14 @@ def show_manifest(out_dir: Path, manifest: dict[str, Any]) -> None:
     for entry in manifest["passes"]:
         skipped = "; ".join(f"skipped {len(at)}: {why}" for why, at in entry["skipped"].items())
         detail = "; ".join(part for part in (entry["detail"], skipped) if part)
-        rows.append([entry["name"], entry["effect"], detail, str(entry["sites"])])
+        found = {c["dtype"]: f"{c['worst']:.1e}" for c in entry.get("certificates", ())}
+        measured = [found.get("float64", ""), found.get("float32", "")]
+        rows.append([entry["name"], entry["effect"], detail, str(entry["sites"]), *measured])
     _table(
-        f"Recipe {manifest['recipe']['name']}",
-        ["pass", "effect", "detail", "sites"],
+        f"Recipe {manifest['recipe']['name']}; fp64, fp32: deviation from the float model",
+        ["pass", "effect", "detail", "sites", "fp64", "fp32"],
         rows,
-        numeric=1,
+        numeric=3,
     )
     size = sum((out_dir / name).stat().st_size for name in manifest["files"])
     print(f"wrote {out_dir}: {_size(size)}")

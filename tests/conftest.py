@@ -80,6 +80,7 @@ def exported(traced_once: None, hugging_face: HuggingFace, shared: Path) -> Expo
         source = hugging_face(family)
         target = shared / "-".join([family, recipe, *overrides, dtype])
         resolved = load_recipe(recipe, overrides)
-        return _once(target, lambda path: export(source, path, resolved, dtype=dtype))
+        options: dict[str, Any] = {"dtype": dtype, "certify": False}
+        return _once(target, lambda path: export(source, path, resolved, **options))
 
     return artifact

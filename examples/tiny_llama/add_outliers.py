@@ -123,10 +123,14 @@ def rotate_residual(model: LlamaForCausalLM, axes: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def add_gains(model: LlamaForCausalLM, generator: torch.Generator) -> None:
+def add_gains(
+    pairs: list[tuple[torch.nn.Module, list[torch.nn.Linear]]],
+    spread: float,
+    generator: torch.Generator,
+) -> None:
     """New lognormal gains on the norms, undone in their readers."""
-    for norm, readers in norms_and_readers(model):
-        gain = GAIN_SPREAD * torch.randn(len(norm.weight), generator=generator, dtype=torch.float64)
+    for norm, readers in pairs:
+        gain = spread * torch.randn(len(norm.weight), generator=generator, dtype=torch.float64)
         norm.weight *= gain.exp()
         for reader in readers:
             reader.weight /= gain.exp()
@@ -147,10 +151,13 @@ def outlier_scales(magnitudes: torch.Tensor, strength: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def scale_pairs(model: LlamaForCausalLM, rows: torch.Tensor) -> None:
-    """The diagonal maps of up/down, V/O and K/Q, from the activations of `rows`."""
-    config = model.config
-    groups = config.num_attention_heads // config.num_key_value_heads
+def inputs_and_outputs(
+    model: LlamaForCausalLM,
+    rows: torch.Tensor,
+    read: list[torch.nn.Module],
+    written: list[torch.nn.Module],
+) -> dict[torch.nn.Module, torch.Tensor]:
+    """The inputs of `read` and the outputs of `written` on `rows`, each [tokens, ...]."""
     seen: dict[torch.nn.Module, torch.Tensor] = {}
 
     def see_output(module: torch.nn.Module, _: object, output: torch.Tensor) -> None:
@@ -159,26 +166,45 @@ def scale_pairs(model: LlamaForCausalLM, rows: torch.Tensor) -> None:
     def see_input(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
         seen[module] = inputs[0].flatten(0, 1)
 
-    hooks = []
-    for layer in model.model.layers:
-        hooks.append(layer.self_attn.k_proj.register_forward_hook(see_output))
-        hooks.append(layer.self_attn.v_proj.register_forward_hook(see_output))
-        hooks.append(layer.mlp.down_proj.register_forward_pre_hook(see_input))
+    hooks = [module.register_forward_pre_hook(see_input) for module in read]
+    hooks += [module.register_forward_hook(see_output) for module in written]
     model(input_ids=rows)
     for hook in hooks:
         hook.remove()
+    return seen
 
-    for index, layer in enumerate(model.model.layers):
+
+@torch.no_grad()
+def scale_up_and_down(mlp: torch.nn.Module, inputs: torch.Tensor, strength: float) -> None:
+    """An outlier channel of down_proj's inputs [tokens, channels]."""
+    scale = outlier_scales(inputs, strength)
+    mlp.up_proj.weight *= scale[:, None]
+    mlp.down_proj.weight /= scale
+
+
+@torch.no_grad()
+def scale_values(attention: torch.nn.Module, outputs: torch.Tensor, strength: float) -> None:
+    """An outlier channel of the first head of v_proj's outputs [tokens, heads * head_dim]."""
+    values = outputs.unflatten(1, (-1, attention.head_dim))
+    scale = torch.ones(values.shape[1:], dtype=torch.float64)
+    scale[0] = outlier_scales(values[:, 0], strength)
+    attention.v_proj.weight *= scale.flatten()[:, None]
+    groups = attention.num_key_value_groups
+    attention.o_proj.weight /= scale.repeat_interleave(groups, dim=0).flatten()
+
+
+@torch.no_grad()
+def scale_pairs(model: LlamaForCausalLM, rows: torch.Tensor) -> None:
+    """The diagonal maps of up/down, V/O and K/Q, from the activations of `rows`."""
+    config = model.config
+    groups = config.num_attention_heads // config.num_key_value_heads
+    layers = list(model.model.layers)
+    outputs = [linear for x in layers for linear in (x.self_attn.k_proj, x.self_attn.v_proj)]
+    seen = inputs_and_outputs(model, rows, [x.mlp.down_proj for x in layers], outputs)
+    for index, layer in enumerate(layers):
         attention, mlp = layer.self_attn, layer.mlp
-        scale = outlier_scales(seen[mlp.down_proj], DOWN_INPUT[index])
-        mlp.up_proj.weight *= scale[:, None]
-        mlp.down_proj.weight /= scale
-
-        values = seen[attention.v_proj].unflatten(1, (-1, config.head_dim))  # [tokens, heads, dim]
-        scale = torch.ones(values.shape[1:], dtype=torch.float64)
-        scale[0] = outlier_scales(values[:, 0], VALUE[index])
-        attention.v_proj.weight *= scale.flatten()[:, None]
-        attention.o_proj.weight /= scale.repeat_interleave(groups, dim=0).flatten()
+        scale_up_and_down(mlp, seen[mlp.down_proj], DOWN_INPUT[index])
+        scale_values(attention, seen[attention.v_proj], VALUE[index])
 
         pairs = seen[attention.k_proj].unflatten(1, (-1, 2, config.head_dim // 2)).norm(dim=2)
         scale = torch.stack([outlier_scales(head, KEY[index]) for head in pairs.unbind(1)])
@@ -196,7 +222,7 @@ def add_outliers(
     after = copy.deepcopy(before)
     fold_norms(after)
     rotate_residual(after, residual_axes(after, rows))
-    add_gains(after, torch.Generator().manual_seed(seed))
+    add_gains(norms_and_readers(after), GAIN_SPREAD, torch.Generator().manual_seed(seed))
     scale_pairs(after, rows)
     expected = before(input_ids=rows).logits
     difference = (after(input_ids=rows).logits - expected).abs().max() / expected.abs().max()

@@ -2,6 +2,7 @@
 """What every pass is: a declared effect, a check of all sites, a rewrite, a report."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
@@ -55,12 +56,15 @@ class Pass(ABC):
         decoder: handles into the graph.
         found: matrices and scales that the pass has chosen by looking at data, by the names of
             `quarot_onnx.transforms`; they are saved with the artifact.
+        restate: the residual stream [..., hidden_size] after `rewrite`, from the stream before;
+            None where it is the same.
     """
 
     effect: ClassVar[Effect]
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
+        self.restate: Callable[[Float64], Float64] | None = None
         self.found: dict[str, Float64] = {}
 
     @property

@@ -43,6 +43,7 @@ class FuseLayerNormMeanPass(Pass):
     def rewrite(self) -> Report:
         """Centre embeddings and writers, move each shift into biases, replace the norms."""
         shifts = [norm.shift.float64() if norm.shift else None for norm in self.decoder.norms]
+        self.restate = _centre
         for table in self.decoder.embedding_weights:
             table.compose(1, _centre)
         for writer in self.decoder.writers:

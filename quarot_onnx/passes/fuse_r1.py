@@ -62,6 +62,7 @@ class FuseR1Pass(Pass):
         decoder, rotation = self.decoder, self.rotation
         if reason := self._skipping():
             return self.report(0, skipped={reason: [norm.name for norm in decoder.post_norms]})
+        self.restate = rotation.rotate_outputs
         for table in decoder.embedding_weights:
             table.compose(1, rotation.rotate_outputs)
         for writer in decoder.writers:

@@ -47,6 +47,7 @@ class SearchR1Pass(FuseR1Pass):
         errors = self._errors()
         best = int(np.argmin(errors))
         self.rotation = self.candidates[best]
+        self.restate = self.rotation.rotate_outputs
         report = super().rewrite()
         if report.sites:
             self.found["R1"] = self.rotation.rotate_outputs(np.eye(self.rotation.size))

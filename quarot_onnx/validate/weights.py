@@ -186,7 +186,7 @@ class _ExpectedWeights:
             )
         across = self.given.heads(layer)
         if across is not None:
-            flat = np.linalg.solve(across, split.reshape(self.num_heads, -1))
+            flat = np.linalg.solve(across, split.reshape(self.num_heads, -1)).astype(np.float64)
             return flat.reshape(weight.shape)
         if self.rotations.heads and self.heads.kind == "full":
             split = np.einsum("hdo,hg->gdo", split, self.heads.matrix())
