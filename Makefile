@@ -20,6 +20,11 @@ setup: .venv/.ready ## Make .venv with the pinned versions (CPU)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[cpu,data,report,dev]"
 	@touch $@
 
+.venv-triton/.ready: constraints-triton.txt
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/pip install --quiet --disable-pip-version-check --requirement constraints-triton.txt && touch $@ \
+	  || echo "no Triton server here: the tests that need one will be skipped and say so"
+
 demo: setup ## Export, validate, evaluate and run the embedded model; write out/demo/report.html
 	@mkdir -p $(DEMO)
 	$(BIN)/quarot-onnx export $(MODEL) $(DEMO)/w4a4kv4 --recipe w4a4kv4 --force
@@ -29,7 +34,7 @@ demo: setup ## Export, validate, evaluate and run the embedded model; write out/
 	$(BIN)/quarot-onnx report $(DEMO)/w4a4kv4 $(DEMO)/report.html --reference $(MODEL) --text $(TEXT) \
 	  --prompt "Return the" --validation $(DEMO)/validation.json --evaluation $(DEMO)/evaluation.json
 
-test: setup ## Run the tests (CPU, offline); the mutation tests are `make mutations`
+test: setup .venv-triton/.ready ## Run the tests (CPU, offline); the mutation tests are `make mutations`
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
 mutations: setup ## Plant bugs in the kernels and see the tests catch them
@@ -48,4 +53,4 @@ format: setup ## Let ruff format the code
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove what was built
-	rm -rf .venv out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-triton out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,9 +7,6 @@ every pass and the sha256 of every file. A crash or a full disk leaves nothing u
 """
 
 import errno
-import hashlib
-import importlib.metadata
-import json
 import os
 import secrets
 import shutil
@@ -17,20 +14,41 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import onnx_ir as ir
 
-from quarot_onnx.errors import InputError, ResourceError, UsageError
+from quarot_onnx.errors import ResourceError, UsageError
+from quarot_onnx.manifest import (
+    DATA,
+    FORMAT_VERSION,
+    MANIFEST,
+    MODEL,
+    changed_files,
+    load_manifest,
+    save_manifest,
+    sha256,
+)
 from quarot_onnx.weights import Weight
 
-FORMAT_VERSION = 1
-MODEL, DATA, MANIFEST = "model.onnx", "model.onnx_data", "manifest.json"
+__all__ = [
+    "DATA",
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "MODEL",
+    "Progress",
+    "changed_files",
+    "load_manifest",
+    "publish",
+    "require_space",
+    "save_manifest",
+    "save_model",
+    "sha256",
+]
 
 _INLINE_BYTES = 1024  # smaller tensors stay in model.onnx
 _PAGE = 4096
 _PAGE_ALIGNED_BYTES = 1 << 20
-_PACKAGES = ("quarot-onnx", "numpy", "onnx", "onnx-ir", "torch", "transformers")
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes in all."""
@@ -191,65 +209,3 @@ def _external(
         name=value.name or "",
         base_dir=directory,
     )
-
-
-def save_manifest(directory: Path, content: dict[str, Any]) -> None:
-    """Write ``manifest.json``: `content`, the versions, and the sha256 of every other file."""
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "packages": {name: _version(name) for name in _PACKAGES},
-        **content,
-        "files": {
-            path.relative_to(directory).as_posix(): sha256(path)
-            for path in sorted(directory.rglob("*"))
-            if path.is_file() and path.name != MANIFEST
-        },
-    }
-    text = json.dumps(manifest, indent=2, ensure_ascii=False, sort_keys=True)
-    (directory / MANIFEST).write_text(f"{text}\n", encoding="utf-8")
-
-
-def load_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of an artifact.
-
-    Raises:
-        InputError: `directory` is not an artifact, or of a format this version does not read.
-    """
-    path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{directory}: no {MANIFEST}; give a directory that `quarot-onnx export` wrote"
-        ) from error
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: is damaged ({error}); export again") from error
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: format version {version!r}, this quarot-onnx reads {FORMAT_VERSION}; "
-            "export again"
-        )
-    return dict(manifest)
-
-
-def changed_files(directory: Path, manifest: dict[str, Any]) -> list[str]:
-    """The files that are missing or differ from the manifest."""
-    return [
-        name
-        for name, digest in manifest.get("files", {}).items()
-        if not (directory / name).is_file() or sha256(directory / name) != digest
-    ]
-
-
-def sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -152,6 +152,10 @@ def validate(
         Path | None,
         typer.Option(help="TOML: atol, rtol and stat of each output that hosts are compared by."),
     ] = None,
+    bisect: Annotated[
+        bool,
+        typer.Option("--bisect", help="Find the first layer and tensor that leave the reference."),
+    ] = False,
     runtime: Runtime = "ort-cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -160,6 +164,9 @@ def validate(
     page: Annotated[Path | None, typer.Option("--html", help="Write a page to this file.")] = None,
 ) -> None:
     """Check an artifact against PyTorch; exit code 10 where it is worse or altered."""
+    if bisect:
+        _bisect(artifact, reference, as_json, save_json)
+        return
     from quarot_onnx.validate import formats  # noqa: PLC0415
     from quarot_onnx.validate import validate as run_validate  # noqa: PLC0415
 
@@ -182,6 +189,16 @@ def validate(
             _write(Path(summary), formats.as_markdown(content), mode="a")
     _emit(content, as_json, lambda: tables.show_verdict(content), save_json)
     verdict.require_passed()
+
+
+def _bisect(artifact: Path, reference: Path | None, as_json: bool, save_json: Path | None) -> None:
+    from quarot_onnx.validate.subject import Subject  # noqa: PLC0415
+    from quarot_onnx.validate.twin import bisect  # noqa: PLC0415
+
+    found = bisect(Subject(artifact, reference))
+    content = found.as_json()
+    _emit(content, as_json, lambda: tables.show_bisection(content), save_json)
+    found.require_followed(artifact)
 
 
 @app.command(name="eval")
@@ -233,11 +250,12 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, one token at a time through the quantized cache."""
+    from quarot_onnx import generation  # noqa: PLC0415
     from quarot_onnx import runtime as run  # noqa: PLC0415
 
     model = run.OnnxModel(artifact, runtime=runtime, threads=threads)
     tokenizer = run.load_tokenizer(artifact)
-    ids = run.generate(
+    ids = generation.generate(
         model,
         tokenizer.encode(prompt),
         max_new_tokens=max_new_tokens,
@@ -255,6 +273,36 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+@app.command()
+def triton(
+    artifact: Artifact,
+    repository: Annotated[Path, typer.Argument(help="Where the repository goes; created.")],
+    name: Annotated[
+        str | None, typer.Option(help="The model's name; the artifact's directory by default.")
+    ] = None,
+    runtime: Runtime = "ort-cpu",
+    threads: Threads = None,
+    max_streams: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that wait, at most.")] = 256,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing one.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model repository for Triton Inference Server."""
+    from quarot_onnx.export.triton import triton_from_artifact  # noqa: PLC0415
+
+    manifest = triton_from_artifact(
+        artifact,
+        repository,
+        name=name,
+        runtime=runtime,
+        threads=threads,
+        max_streams=max_streams,
+        max_waiting=max_waiting,
+        force=force,
+    )
+    _emit(manifest, as_json, lambda: tables.show_repository(repository, manifest))
 
 
 @app.command()

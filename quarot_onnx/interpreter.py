@@ -23,6 +23,7 @@ from onnx.reference.op_run import OpRun
 
 from quarot_onnx.hadamard import hadamard_matrix
 from quarot_onnx.ops import DOMAIN, OPSET, VERSION
+from quarot_onnx.sections import between
 from quarot_onnx.weights import Weight
 
 Array = NDArray[Any]
@@ -53,7 +54,10 @@ class Section:
         cls, graph: ir.Graph, starts: Sequence[ir.Value], ends: Sequence[ir.Value]
     ) -> "Section":
         """The nodes of `graph` that compute `ends` from `starts` and from the graph's inputs."""
-        nodes, leaves = _between(starts, ends)
+        nodes = between(graph, starts, ends)
+        computed = {value for node in nodes for value in node.outputs}
+        read = (v for node in nodes for v in node.inputs if v is not None and v not in computed)
+        leaves = list(dict.fromkeys(read))
         weights = {
             v.name or "": v.const_value.derive(v.name or "")
             for v in leaves
@@ -66,7 +70,7 @@ class Section:
         }
         inputs = tuple(v.name or "" for v in leaves if v.const_value is None)
         proto = onnx.helper.make_graph(
-            [ir.serde.serialize_node(node) for node in graph if node in nodes],
+            [ir.serde.serialize_node(node) for node in nodes],
             "section",
             [onnx.ValueInfoProto(name=name) for name in (*inputs, *weights, *constants)],
             [onnx.ValueInfoProto(name=v.name or "") for v in ends],
@@ -100,24 +104,6 @@ class Section:
             for name in node.input:
                 readers.setdefault(name, set()).add(node.op_type)
         return frozenset(n for n in self.weights if readers[n] <= {"Gather", "MatMul"})
-
-
-def _between(
-    starts: Sequence[ir.Value], ends: Sequence[ir.Value]
-) -> tuple[set[ir.Node], list[ir.Value]]:
-    """The nodes that `ends` depend on, up to `starts`, and the values they begin with."""
-    nodes: set[ir.Node] = set()
-    leaves: dict[ir.Value, None] = {}
-    pending = list(ends)
-    while pending:
-        value = pending.pop()
-        producer = value.producer()
-        if value in starts or producer is None:
-            leaves[value] = None
-        elif producer not in nodes:
-            nodes.add(producer)
-            pending.extend(v for v in producer.inputs if v is not None)
-    return nodes, list(leaves)
 
 
 def _as(array: Array, dtype: Any) -> Array:
@@ -190,6 +176,26 @@ class HadamardHeads(OpRun):
         return ((matrix.T @ folded).reshape(x.shape),)
 
 
+class Transform(OpRun):
+    """``x @ (I ⊗ A ⊗ B)`` in x's dtype, see `quarot_onnx.ops.hadamard`."""
+
+    op_domain = DOMAIN
+
+    def _run(self, x: Array, a: Array, b: Array, **_: Any) -> tuple[Array]:
+        folded = x.reshape(-1, len(a), len(b))
+        return ((a.T @ (folded @ b)).reshape(x.shape),)
+
+
+class TransformHeads(OpRun):
+    """``x @ (A ⊗ I)`` in x's dtype, see `quarot_onnx.ops.hadamard_heads`."""
+
+    op_domain = DOMAIN
+
+    def _run(self, x: Array, a: Array, **_: Any) -> tuple[Array]:
+        folded = x.reshape(-1, len(a), x.shape[-1] // len(a))
+        return ((a.T @ folded).reshape(x.shape),)
+
+
 _FLOATS = frozenset(
     {
         onnx.TensorProto.FLOAT,
@@ -209,4 +215,4 @@ def _operators(dtype: Any) -> list[type[OpRun]]:
             target = dtype if to in _FLOATS else onnx.helper.tensor_dtype_to_np_dtype(to)
             return (x.astype(target),)
 
-    return [Cast, Gather, Hadamard, HadamardHeads, MatMul]
+    return [Cast, Gather, Hadamard, HadamardHeads, MatMul, Transform, TransformHeads]

@@ -17,7 +17,7 @@ import onnx_ir.passes.common as common_passes
 
 from quarot_onnx import artifacts
 from quarot_onnx.calibration import Calibration
-from quarot_onnx.certificate import Certificate, Certifier
+from quarot_onnx.certificate import Certificate, Certifier, Restate
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UsageError
 from quarot_onnx.export.architectures import dimensions
@@ -29,6 +29,7 @@ from quarot_onnx.recipe import Recipe
 from quarot_onnx.targets import targets_of
 from quarot_onnx.transforms import FILE as TRANSFORMS
 from quarot_onnx.transforms import Transforms
+from quarot_onnx.weights import Float64
 
 DTYPES = {
     "float32": ir.DataType.FLOAT,
@@ -47,6 +48,7 @@ class Rewritten:
         decoder: handles into it.
         reports: what each pass did, in order.
         certificates: of each equivalent pass, by its name; empty where nothing was certified.
+        restated: what the passes did to the residual stream, in order.
         transforms: the matrices that were given or learned; empty where there are none.
     """
 
@@ -54,7 +56,14 @@ class Rewritten:
     decoder: Decoder
     reports: tuple[Report, ...]
     certificates: dict[str, tuple[Certificate, ...]]
+    restated: tuple[Restate, ...]
     transforms: Transforms
+
+    def state(self, x: Float64) -> Float64:
+        """The residual stream x [..., hidden_size] of the original model as it is in this one."""
+        for restate in self.restated:
+            x = restate(x)
+        return x
 
 
 def rewrite(
@@ -111,9 +120,10 @@ def rewrite(
     _sort_initializers(model)
     model.metadata_props["quarot.recipe"] = recipe.name
     model.metadata_props["quarot.seed"] = str(recipe.seed)
+    restated = tuple(apply.restate for apply in passes if apply.restate is not None)
     found = {name: array for apply in passes for name, array in apply.found.items()}
     given = (transforms or Transforms()).including(found)
-    return Rewritten(model, decoder, tuple(reports), certificates, given)
+    return Rewritten(model, decoder, tuple(reports), certificates, restated, given)
 
 
 def _sort_initializers(model: ir.Model) -> None:

@@ -168,6 +168,25 @@ class HuggingFaceModel(TorchModel):
                 )
         super().__init__(model.eval(), threads=threads)
 
+    def states(self, input_ids: Ids) -> tuple[list[NDArray[np.float32]], Logits]:
+        """The residual stream [B, S, hidden_size] around each layer, first to last, and the logits.
+
+        Raises:
+            InputError: a token id is not in the vocabulary.
+        """
+        depth = self.config.num_hidden_layers
+        lists = (m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList))
+        layers = next(m for m in lists if len(m) == depth)  # the outermost, so never the experts
+        states: list[NDArray[np.float32]] = []
+        hooks = [layers[0].register_forward_pre_hook(_recording_input(states), with_kwargs=True)]
+        hooks += [layer.register_forward_hook(_recording(states)) for layer in layers]
+        try:
+            logits, _ = self.step(input_ids, self.new_cache(len(input_ids)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return states, logits
+
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
@@ -404,6 +423,14 @@ def _recording(outputs: list[NDArray[np.float32]]) -> Any:
     def hook(_: Any, __: Any, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
         outputs.append(tensor.numpy().copy())
+
+    return hook
+
+
+def _recording_input(states: list[NDArray[np.float32]]) -> Any:
+    def hook(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        tensor = arguments[0] if arguments else keywords["hidden_states"]
+        states.append(tensor.numpy().copy())
 
     return hook
 

@@ -17,7 +17,6 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from quarot_onnx.artifacts import DATA, MODEL, load_manifest
 from quarot_onnx.errors import (
     InputError,
     MissingDependencyError,
@@ -25,6 +24,7 @@ from quarot_onnx.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from quarot_onnx.manifest import DATA, MODEL, load_manifest
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -378,22 +378,39 @@ class Tokenizer:
         return self._decode(list(ids))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of `ids` piece by piece, each as soon as no later id can change it.
-
-        A character of several bytes may be spread over tokens: what ends in U+FFFD waits.
-        """
-        seen: list[int] = []
-        written = ""
+        """The text of `ids` piece by piece, each as soon as no later id can change it."""
+        pieces = Pieces(self)
         for token in ids:
-            seen.append(token)
-            text = self.decode(seen)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}") and text.startswith(written):
-                if len(text) > len(written):
-                    yield text[len(written) :]
-                written = text
-        rest = self.decode(seen)
-        if len(rest) > len(written):
-            yield rest[len(written) :]
+            if piece := pieces.add(token):
+                yield piece
+        if rest := pieces.rest():
+            yield rest
+
+
+class Pieces:
+    """The text of ids that come one by one.
+
+    A character of several bytes may be spread over tokens: what ends in U+FFFD waits.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._written = ""
+
+    def add(self, token: int) -> str:
+        """What the text gained and no later id can change; may be empty."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") or not text.startswith(self._written):
+            return ""
+        gained = text[len(self._written) :]
+        self._written = text
+        return gained
+
+    def rest(self) -> str:
+        """What waited, now that no id follows."""
+        return self._tokenizer.decode(self._ids)[len(self._written) :]
 
 
 def load_tokenizer(artifact: Path) -> Tokenizer:
@@ -466,79 +483,3 @@ def eos_token_ids(artifact: Path) -> frozenset[int]:
         if isinstance(found, list):
             return frozenset(i for i in found if isinstance(i, int))
     return frozenset()
-
-
-# --- Generation -----------------------------------------------------------------------------------
-
-
-def generate(
-    model: CausalModel,
-    prompt_ids: Sequence[int],
-    *,
-    max_new_tokens: int,
-    eos_token_ids: Iterable[int] = (),
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> Iterator[int]:
-    """The ids that follow `prompt_ids`, one by one, without the one that ends the text.
-
-    Args:
-        model: any runtime.
-        prompt_ids: at least one.
-        max_new_tokens: upper bound.
-        eos_token_ids: the ids that end the text.
-        temperature: 0 takes the most likely token.
-        top_p: sample among the fewest tokens whose probabilities sum to this.
-        seed: of the sampling.
-
-    Raises:
-        UsageError: temperature, top_p or max_new_tokens is out of range.
-        InputError: the prompt is empty or has ids outside the vocabulary.
-    """
-    if max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens {max_new_tokens}: must be 1 or more")
-    if not 0 <= temperature < np.inf:
-        raise UsageError(f"--temperature {temperature:g}: must be 0 or more")
-    if not 0 < top_p <= 1:
-        raise UsageError(f"--top-p {top_p:g}: must be above 0 and at most 1")
-    if not len(prompt_ids):
-        raise InputError("prompt: has no tokens; give some text")
-    return _generate(
-        model, prompt_ids, max_new_tokens, frozenset(eos_token_ids), temperature, top_p, seed
-    )
-
-
-def _generate(
-    model: CausalModel,
-    prompt_ids: Sequence[int],
-    max_new_tokens: int,
-    ends: frozenset[int],
-    temperature: float,
-    top_p: float,
-    seed: int,
-) -> Iterator[int]:
-    generator = np.random.default_rng(seed)
-    logits, cache = model.step(np.array([prompt_ids], np.int64), model.new_cache(1))
-    for index in range(max_new_tokens):
-        token = _choose(logits[0, -1], temperature, top_p, generator)
-        if token in ends:
-            return
-        yield token
-        if index + 1 < max_new_tokens:
-            logits, cache = model.step(np.array([[token]], np.int64), cache)
-
-
-def _choose(
-    logits: Logits, temperature: float, top_p: float, generator: np.random.Generator
-) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    scaled = logits.astype(np.float64)
-    scaled = (scaled - scaled.max()) / temperature
-    probabilities = np.exp(scaled)
-    probabilities /= probabilities.sum()
-    order = np.argsort(-probabilities, kind="stable")
-    before = np.cumsum(probabilities[order]) - probabilities[order]
-    kept = order[before < top_p]
-    return int(generator.choice(kept, p=probabilities[kept] / probabilities[kept].sum()))

@@ -77,8 +77,7 @@ def show_manifest(out_dir: Path, manifest: dict[str, Any]) -> None:
     for entry in manifest["passes"]:
         skipped = "; ".join(f"skipped {len(at)}: {why}" for why, at in entry["skipped"].items())
         detail = "; ".join(part for part in (entry["detail"], skipped) if part)
-        found = {c["dtype"]: f"{c['worst']:.1e}" for c in entry.get("certificates", ())}
-        measured = [found.get("float64", ""), found.get("float32", "")]
+        measured = [_deviation(entry, dtype) for dtype in ("float64", "float32")]
         rows.append([entry["name"], entry["effect"], detail, str(entry["sites"]), *measured])
     _table(
         f"Recipe {manifest['recipe']['name']}; fp64, fp32: deviation from the float model",
@@ -111,6 +110,29 @@ def show_verdict(content: dict[str, Any]) -> None:
     )
 
 
+def show_bisection(content: dict[str, Any]) -> None:
+    """Each part of the model, up to the first that leaves the reference."""
+    departure = content["departure"]
+    where = departure["site"] if departure else None
+    _table(
+        "float model: off from Hugging Face; artifact: off from a new export",
+        ["", "part", "float model", "rounding", "artifact"],
+        [
+            [
+                "✗" if site["name"] == where else "✓",
+                site["name"],
+                _number(site["to_hugging_face"]),
+                _number(site["rounding"]),
+                _number(site["to_export"]),
+            ]
+            for site in content["sites"]
+        ],
+        numeric=3,
+    )
+    if departure is None:
+        print("the artifact follows its reference to the end")
+
+
 def show_evaluation(content: dict[str, Any]) -> None:
     """Perplexities side by side."""
     baselines = content.get("baselines", {})
@@ -136,6 +158,22 @@ def show_evaluation(content: dict[str, Any]) -> None:
         )
 
 
+_ROTATIONS = (
+    ("FuseR1", "R1", "residual stream", "fused"),
+    ("FuseR2", "R2", "values, per head", "fused"),
+    ("InsertHeadsHadamard", "heads", "input of o_proj, across heads", "online"),
+    ("InsertR3", "R3", "queries and keys", "online"),
+    ("InsertR4", "R4", "input of down_proj", "online"),
+)
+"""Pass, rotation, what it turns, how it runs."""
+
+
+def _deviation(entry: dict[str, Any], dtype: str) -> str:
+    """The worst site of a pass, as certified in `dtype`; empty where nothing was measured."""
+    found = {c["dtype"]: f"{c['worst']:.1e}" for c in entry.get("certificates", ())}
+    return found.get(dtype, "")
+
+
 def show_inspection(found: dict[str, Any], *, all_layers: bool) -> None:
     """An artifact's linears, cache and operators."""
     manifest = found["manifest"]
@@ -143,6 +181,24 @@ def show_inspection(found: dict[str, Any], *, all_layers: bool) -> None:
         f"{manifest['source']['model_type']}, recipe {manifest['recipe']['name']}, "
         f"{manifest['dtype']}: {found['layers']} layers, {found['nodes']} nodes, "
         f"{_size(found['weight_bytes'])} of weights"
+    )
+    done = {entry["name"]: entry for entry in manifest["passes"]}
+    _table(
+        "Rotations",
+        ["rotation", "what it turns", "runs", "matrix", "places", "fp64"],
+        [
+            [
+                name,
+                where,
+                runs if done[key]["sites"] else f"skipped: {'; '.join(done[key]['skipped'])}",
+                done[key]["detail"],
+                str(done[key]["sites"]),
+                _deviation(done[key], "float64"),
+            ]
+            for key, name, where, runs in _ROTATIONS
+            if key in done
+        ],
+        numeric=2,
     )
     shown = [row for row in found["linears"] if all_layers or row["layer"] in (None, 0)]
     _table(
@@ -194,3 +250,11 @@ def _table(title: str, columns: list[str], rows: list[list[str]], numeric: int =
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     Console(highlight=False).print(table)
+
+
+def show_repository(repository: Path, manifest: dict[str, Any]) -> None:
+    """What was written and how to start it."""
+    settings = ", ".join(f"{key} {value}" for key, value in manifest["parameters"].items())
+    print(f"wrote {repository}: model {manifest['model']} ({settings})")
+    print(f"next: {repository}/run.sh")
+    print(f'      {repository}/client.py "Once upon a time" --model {manifest["model"]}')

@@ -84,3 +84,14 @@ def exported(traced_once: None, hugging_face: HuggingFace, shared: Path) -> Expo
         return _once(target, lambda path: export(source, path, resolved, **options))
 
     return artifact
+
+
+@pytest.fixture(scope="session")
+def embedded(traced_once: None, shared: Path) -> Path:
+    """The embedded model as `w4a4kv4`. Read only."""
+    from quarot_onnx.pipeline import export
+    from quarot_onnx.recipe import load_recipe
+
+    source = Path(__file__).parents[1] / "examples" / "tiny_llama" / "model"
+    recipe = load_recipe("w4a4kv4")
+    return _once(shared / "embedded", lambda path: export(source, path, recipe))

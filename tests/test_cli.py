@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
 import subprocess
 import sys
 import time
@@ -163,6 +164,7 @@ def test_inspect_shows_bits_and_rotations(run: Run, exported: Exported) -> None:
     head = [row for row in found["linears"] if row["layer"] is None]
     assert [(row["name"], row["weight_bits"]) for row in head] == [("lm_head", 32)]
     table = run("inspect", artifact)
+    assert re.search(r"R1 +residual stream +fused +randomized", table.out)
     assert "layer 0 (of 3)" in table.out
     assert "past_key_values.0.key_scale" in table.out
 

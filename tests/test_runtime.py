@@ -26,13 +26,9 @@ from quarot_onnx.errors import (
     UsageError,
 )
 from quarot_onnx.runtime import (
-    Cache,
-    Ids,
-    Logits,
     OnnxModel,
     Tokenizer,
     eos_token_ids,
-    generate,
     load_tokenizer,
     position_ids,
 )
@@ -275,93 +271,6 @@ def test_importing_the_runtime_imports_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert found.stdout.strip() == "[]"
-
-
-# --- Generation -----------------------------------------------------------------------------------
-
-
-def test_greedy_generation_is_the_argmax_of_each_prefix(model: OnnxModel) -> None:
-    prompt = [3, 1, 4, 1, 5]
-    found = list(generate(model, prompt, max_new_tokens=6))
-    for index, token in enumerate(found):
-        logits, _ = model.step(np.array([prompt + found[:index]]), model.new_cache(1))
-        assert token == logits[0, -1].argmax()
-    assert len(found) == 6
-
-
-class Counter:
-    """The token after t is t + 1, with probability 3/4 at temperature 1, or else t + 2."""
-
-    vocabulary_size = 10
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def new_cache(self, batch: int) -> Cache:
-        return {}
-
-    def step(
-        self, input_ids: Ids, cache: Cache, attention_mask: Ids | None = None
-    ) -> tuple[Logits, Cache]:
-        self.steps += 1
-        logits = np.full((*input_ids.shape, 10), -1e9, np.float32)
-        for offset, share in ((1, 0.75), (2, 0.25)):
-            np.put_along_axis(logits, (input_ids[..., None] + offset) % 10, np.log(share), axis=-1)
-        return logits, cache
-
-
-def test_generation_stops_before_the_token_that_ends_a_text() -> None:
-    assert list(generate(Counter(), [0, 1], max_new_tokens=50, eos_token_ids=[5, 7])) == [2, 3, 4]
-
-
-def test_generation_takes_no_step_that_it_does_not_need() -> None:
-    model = Counter()
-    assert list(generate(model, [0], max_new_tokens=3)) == [1, 2, 3]
-    assert model.steps == 3
-
-
-def test_generation_streams() -> None:
-    model = Counter()
-    stream = generate(model, [0], max_new_tokens=100)
-    assert next(stream) == 1
-    assert model.steps == 1
-
-
-def test_sampling_follows_the_probabilities_and_the_seed() -> None:
-    first = list(generate(Counter(), [0], max_new_tokens=2000, temperature=1.0, seed=1))
-    again = list(generate(Counter(), [0], max_new_tokens=2000, temperature=1.0, seed=1))
-    other = list(generate(Counter(), [0], max_new_tokens=2000, temperature=1.0, seed=2))
-    assert first == again != other
-    steps = np.diff([0, *first]) % 10
-    assert set(steps) == {1, 2}
-    assert np.mean(steps == 1) == pytest.approx(0.75, abs=0.04)
-
-
-def test_a_low_temperature_and_a_small_top_p_take_the_likeliest() -> None:
-    greedy = list(generate(Counter(), [0], max_new_tokens=40))
-    assert list(generate(Counter(), [0], max_new_tokens=40, temperature=0.02)) == greedy
-    assert list(generate(Counter(), [0], max_new_tokens=40, temperature=1.0, top_p=0.7)) == greedy
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_new_tokens": 0}, "--max-new-tokens 0: must be 1 or more"),
-        ({"temperature": -0.5}, "--temperature -0.5: must be 0 or more"),
-        ({"temperature": float("nan")}, "--temperature nan: must be 0 or more"),
-        ({"top_p": 0.0}, "--top-p 0: must be above 0 and at most 1"),
-        ({"top_p": 1.5}, "--top-p 1.5: must be above 0 and at most 1"),
-    ],
-)
-def test_refuses_sampling_options_out_of_range(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError) as error:
-        generate(Counter(), [0], **{"max_new_tokens": 1, **options})
-    assert str(error.value) == message
-
-
-def test_refuses_an_empty_prompt() -> None:
-    with pytest.raises(InputError, match="prompt: has no tokens; give some text"):
-        generate(Counter(), [], max_new_tokens=1)
 
 
 # --- Text -----------------------------------------------------------------------------------------

@@ -142,6 +142,28 @@ def test_a_sound_artifact_passes_every_stage(
     verdict.require_passed()
 
 
+@pytest.mark.parametrize("recipe", ["w4a4kv4", "rotate-only"])
+@pytest.mark.parametrize("family", ["phi3", "gemma2", "opt", "gpt-neox"])
+def test_a_sound_artifact_of_another_family_is_compared_with_a_new_export(
+    exported: Exported, hugging_face: HuggingFace, family: str, recipe: str
+) -> None:
+    verdict = validate(exported(family, recipe), hugging_face(family), threads=1)
+    assert verdict.passed, verdict.failures
+    skipped = {stage.id for stage in verdict.stages if stage.status == "skipped"}
+    assert skipped == ({"equivalence", "logits", "outputs"} if recipe == "w4a4kv4" else {"logits"})
+    assert stage(verdict, "weights").value == 0
+    assert "of Hugging Face's" in stage(verdict, "layers").detail
+
+
+def test_finds_a_swapped_layer_of_another_family(plant: Plant, hugging_face: HuggingFace) -> None:
+    planted = plant("gpt-neox")
+    names = [f"gpt_neox.layers.{i}.mlp.dense_h_to_4h.weight" for i in (0, 2)]
+    planted.swap_data(*names)
+    verdict = validate(planted.save(), hugging_face("gpt-neox"), threads=1)
+    assert {"weights", "layers"} <= failed(verdict)
+    assert "layers.0, tensor" in stage(verdict, "layers").detail
+
+
 def test_the_trained_example_passes(traced_once: None, tmp_path: Path) -> None:
     if not EXAMPLE.is_dir():
         pytest.skip("examples/tiny_llama/model is not there")

@@ -8,7 +8,7 @@ into the graph (online Hadamards, codes, quantized activations) is what runs.
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from quarot_onnx.calibration.tokens import Calibration
 from quarot_onnx.decoder import Decoder, Layer, Linear
 from quarot_onnx.errors import InputError
 from quarot_onnx.runtime import load_session
-from quarot_onnx.weights import Weight
+from quarot_onnx.sections import between, cut
 
 Float32 = NDArray[np.float32]
 Progress = Callable[[int, int], None]
@@ -31,7 +31,6 @@ Progress = Callable[[int, int], None]
 HELD_BYTES = 256 << 20
 """States larger than this are streamed to disk; activations of a batch stay below it."""
 
-_HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _WIDEST = 4  # activations of a layer, in multiples of its widest linear, alive at once
 
 
@@ -62,7 +61,7 @@ def walk(
     _require_vocabulary(decoder, calibration)
     with tempfile.TemporaryDirectory(prefix="quarot-onnx-", dir=directory) as own:
         store = Path(own)
-        states = _Runner(decoder, calibration, store, None).states(_state(decoder, 0), "states.0")
+        states = _Runner(decoder, calibration, store, None).states(decoder.states[0], "states.0")
         for layer in decoder.layers:
             run = LayerRun(_Runner(decoder, calibration, store, states), layer)
             yield run
@@ -82,18 +81,6 @@ def _require_vocabulary(decoder: Decoder, calibration: Calibration) -> None:
         )
 
 
-def _state(decoder: Decoder, index: int) -> ir.Value:
-    """The residual stream in front of layer `index`; behind the last one for the layer count."""
-    if index == len(decoder.layers):
-        norm = decoder.norms[-1]
-    else:
-        query = decoder.layers[index].attention.q
-        norm = next(norm for norm in decoder.norms if query in norm.readers)
-    state = norm.node.inputs[0]
-    assert state is not None
-    return state
-
-
 class LayerRun:
     """One layer and the states that reach it.
 
@@ -104,7 +91,7 @@ class LayerRun:
     def __init__(self, runner: "_Runner", layer: Layer) -> None:
         self.layer = layer
         self._runner = runner
-        self._state = _state(runner.decoder, layer.index)
+        self._state = runner.decoder.states[layer.index]
 
     @property
     def sites(self) -> dict[str, ir.Value]:
@@ -142,7 +129,9 @@ class LayerRun:
         linears = {linear.node: linear for linear in self.layer.linears}
         depth: dict[ir.Value, int] = {}
         levels: dict[int, list[Linear]] = {}
-        for node in _between(self._runner.graph, self._state, [x.output for x in linears.values()]):
+        for node in between(
+            self._runner.graph, [self._state], [x.output for x in linears.values()]
+        ):
             own = max((depth.get(v, 0) for v in node.inputs if v is not None), default=0)
             if node in linears:
                 levels.setdefault(own, []).append(linears[node])
@@ -154,20 +143,8 @@ class LayerRun:
         """The states [windows, length, hidden_size] behind the layer as its nodes are now."""
         index = self.layer.index + 1
         return self._runner.states(
-            _state(self._runner.decoder, index), f"states.{index}", self._state
+            self._runner.decoder.states[index], f"states.{index}", self._state
         )
-
-
-def _between(graph: ir.Graph, start: ir.Value, ends: Iterable[ir.Value]) -> list[ir.Node]:
-    """The nodes on which `ends` depend, up to `start`, in the graph's order."""
-    needed: set[ir.Node] = set()
-    pending = [value.producer() for value in ends]
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in needed:
-            needed.add(node)
-            pending.extend(v.producer() for v in node.inputs if v is not None and v is not start)
-    return [node for node in graph if node in needed]
 
 
 @dataclass(frozen=True)
@@ -215,7 +192,7 @@ class _Runner:
             raise ValueError("an end is the start")
         with tempfile.TemporaryDirectory(dir=self.directory) as own:
             directory = Path(own)
-            model = _cut(self.decoder.model, ends, start)
+            model = cut(self.decoder.model, ends, start)
             names = [value.name or "" for value in model.graph.outputs]
             inputs = [value.name or "" for value in model.graph.inputs]
             cache = {v.name or "": v for v in model.graph.inputs if len(v.shape or ()) == 4}
@@ -256,50 +233,6 @@ class _Runner:
         if start is not None and self.stored is not None:
             feeds[start.name or ""] = np.ascontiguousarray(self.stored[rows])
         return feeds
-
-
-def _cut(model: ir.Model, ends: list[ir.Value], start: ir.Value | None) -> ir.Model:
-    """A float32 model that computes `ends` from `start` and the model's inputs."""
-    inputs = [*model.graph.inputs, *([start] if start is not None else [])]
-    graph = ir.convenience.extract(model.graph, inputs, ends)
-    outputs = {value.name for value in graph.outputs}
-    for value in list(graph.inputs):
-        if not value.uses() and value.name not in outputs:
-            graph.inputs.remove(value)
-    _use_float32(graph)
-    part = ir.Model(graph, ir_version=model.ir_version)
-    ops.declare(part)
-    return part
-
-
-def _use_float32(graph: ir.Graph) -> None:
-    """Compute in float32 what the export will compute in half precision."""
-    for node in graph:
-        for name in ("to", "dtype"):
-            held = node.attributes.get(name)
-            if held is not None and held.as_int() in _HALVES:
-                node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
-        constant = node.attributes.get("value")
-        if constant is not None and constant.as_tensor().dtype in _HALVES:
-            array = constant.as_tensor().numpy().astype(np.float32)
-            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(array))
-        for value in node.outputs:
-            _retype(value)
-    for value in [*graph.inputs, *graph.initializers.values()]:
-        _retype(value)
-
-
-def _retype(value: ir.Value) -> None:
-    if value.dtype not in _HALVES:
-        return
-    value.type = ir.TensorType(ir.DataType.FLOAT)
-    held = value.const_value
-    if isinstance(held, Weight):
-        weight = held.derive(held.name)
-        weight.dtype = ir.DataType.FLOAT
-        value.const_value = weight
-    elif held is not None:
-        value.const_value = ir.tensor(held.numpy().astype(np.float32), name=value.name)
 
 
 def _by_token(value: Float32) -> Float32:

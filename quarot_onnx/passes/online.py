@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from quarot_onnx import ops
 from quarot_onnx.hadamard import Plan
-from quarot_onnx.weights import Float64
+from quarot_onnx.weights import ArraySource, Float64, Weight
 
 
 def describe(plan: Plan) -> str:
@@ -41,7 +41,7 @@ def insert_transform(
 ) -> None:
     """Multiply input `position` of `node` by ``A ⊗ B`` along its last axis."""
     matrices = [
-        _shared(model, f"quarot{name.replace('/', '.')}.{side}", matrix)
+        _own(model, f"quarot{name.replace('/', '.')}.{side}", matrix)
         for side, matrix in zip("AB", factors, strict=True)
     ]
     _insert(model, node, position, "Transform", matrices, {}, name)
@@ -51,7 +51,7 @@ def insert_head_transform(
     model: ir.Model, node: ir.Node, position: int, matrix: Float64, name: str
 ) -> None:
     """Multiply input `position` of `node` by ``M ⊗ I``: across the heads of its last axis."""
-    value = _shared(model, f"quarot{name.replace('/', '.')}.A", matrix)
+    value = _own(model, f"quarot{name.replace('/', '.')}.A", matrix)
     _insert(model, node, position, "TransformHeads", [value], {}, name)
 
 
@@ -89,3 +89,12 @@ def _shared(model: ir.Model, name: str, matrix: Float64) -> ir.Value:
         value.const_value = tensor
         model.graph.initializers[name] = value
     return model.graph.initializers[name]
+
+
+def _own(model: ir.Model, name: str, matrix: Float64) -> ir.Value:
+    """The initializer `name` of one site: float32 when written, float64 until then."""
+    weight = Weight(name, ArraySource(matrix), ir.DataType.FLOAT)
+    value = ir.Value(name=name, type=ir.TensorType(weight.dtype), shape=ir.Shape(matrix.shape))
+    value.const_value = weight
+    model.graph.initializers[name] = value
+    return value

@@ -52,6 +52,11 @@ def check_layers(subject: Subject) -> Finding:
     further off than ties explain.
     """
     _need_outputs(subject)
+    if not subject.has_llama_modules:
+        from quarot_onnx.validate.twin import check_sites  # noqa: PLC0415  # imports torch
+
+        subject.need_reference()
+        return check_sites(subject)
     model = subject.fake_quant
     states, logits = _residual_states(subject)
     rounded, head = model.forced(subject.ids, states)

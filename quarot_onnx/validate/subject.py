@@ -84,9 +84,9 @@ class Subject:
         artifact: Path,
         reference: Path | None,
         *,
-        runtime: str,
-        threads: int | None,
-        tolerance: float | None,
+        runtime: str = "ort-cpu",
+        threads: int | None = None,
+        tolerance: float | None = None,
     ) -> None:
         self.artifact, self.reference = artifact, reference
         self.runtime, self.threads = runtime, threads
@@ -169,9 +169,13 @@ class Subject:
         """PyTorch with the artifact's own codes.
 
         Raises:
-            Skip: see `need_llama_modules`.
+            Skip: none is written for the family.
         """
-        self.need_llama_modules()
+        if not self.has_llama_modules:
+            raise Skip(
+                f"no PyTorch model of the codes is written for {self.config.get('model_type')}; "
+                "its layers are compared with a new export"
+            )
         from quarot_onnx.reference import FakeQuantModel  # noqa: PLC0415  # imports torch
 
         return FakeQuantModel(self.artifact, threads=self.threads)
@@ -224,18 +228,13 @@ class Subject:
             raise Skip("no reference was given")
         return self.reference
 
-    def need_llama_modules(self) -> None:
-        """Nothing, for a model whose modules are named and computed as Llama's.
+    @property
+    def has_llama_modules(self) -> bool:
+        """Whether modules are named and computed as Llama's: what `FakeQuantModel` is written for.
 
-        Raises:
-            Skip: they are not, and what is written for them would compare the wrong things.
+        Other families are compared with a new export, see `quarot_onnx.validate.twin`.
         """
-        model_type = self.config.get("model_type")
-        if model_type not in LLAMA_MODULES:
-            raise Skip(
-                f"written for {', '.join(LLAMA_MODULES)}, not for {model_type}; a rotate-only "
-                "export is compared with Hugging Face in full"
-            )
+        return self.config.get("model_type") in LLAMA_MODULES
 
     def need_finite(self) -> None:
         """Nothing, for an artifact whose numbers can be compared.

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a Triton model repository: the artifact, the model that serves it, and how to start it.
+
+    REPOSITORY/
+      run.sh  client.py  manifest.json
+      NAME/config.pbtxt
+      NAME/1/model.py               what the Python backend runs
+      NAME/1/quarot_onnx/           the modules that model.py imports
+      NAME/1/artifact/              as it was exported
+
+Triton looks for models in directories only, so the files at the top do not disturb it.
+"""
+
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import quarot_onnx
+from quarot_onnx.artifacts import (
+    changed_files,
+    load_manifest,
+    publish,
+    require_space,
+    save_manifest,
+)
+from quarot_onnx.errors import InputError, UsageError
+from quarot_onnx.export.triton.model_config import ModelConfig, to_text
+from quarot_onnx.runtime import RUNTIMES, load_tokenizer
+from quarot_onnx.serving import context_length
+
+SERVED = ("__init__", "batching", "errors", "generation", "manifest", "runtime", "serving")
+"""The modules of quarot_onnx that model.py needs, with what they import."""
+
+INPUTS = (
+    ("text_input", "TYPE_STRING", 1),
+    ("stream", "TYPE_BOOL", 1),
+    ("max_tokens", "TYPE_INT32", 1),
+    ("stop_words", "TYPE_STRING", -1),
+    ("temperature", "TYPE_FP32", 1),
+    ("top_p", "TYPE_FP32", 1),
+    ("seed", "TYPE_UINT64", 1),
+    ("frequency_penalty", "TYPE_FP32", 1),
+    ("presence_penalty", "TYPE_FP32", 1),
+    ("exclude_input_in_output", "TYPE_BOOL", 1),
+    ("return_num_input_tokens", "TYPE_BOOL", 1),
+    ("return_num_output_tokens", "TYPE_BOOL", 1),
+)
+"""Name, type and length; all but the first are optional. What Triton's OpenAI frontend sends."""
+
+OUTPUTS = (
+    ("text_output", "TYPE_STRING", 1),
+    ("finish_reason", "TYPE_STRING", 1),
+    ("num_input_tokens", "TYPE_UINT32", 1),
+    ("num_output_tokens", "TYPE_UINT32", 1),
+)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_HERE = Path(__file__).parent
+
+
+def triton_from_artifact(
+    artifact: Path,
+    repository: Path,
+    *,
+    name: str | None = None,
+    runtime: str = "ort-cpu",
+    threads: int | None = None,
+    max_streams: int = 16,
+    max_waiting: int = 256,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write the repository; it appears whole or not at all.
+
+    Args:
+        artifact: a directory that ``quarot-onnx export`` wrote, unaltered.
+        repository: created; it must not exist or be empty, unless `force` and one of ours.
+        name: of the model; the artifact's directory name where None.
+        runtime: one of `quarot_onnx.runtime.RUNTIMES`.
+        threads: of ONNX Runtime; its own choice where None.
+        max_streams: texts in a batch, at most.
+        max_waiting: requests that wait for a place, at most.
+        force: replace an existing repository.
+
+    Returns:
+        The model's name, its limits and its files.
+
+    Raises:
+        UsageError: a name or a limit that cannot be.
+        InputError: the artifact is altered, or has no tokenizer or no context length.
+        ResourceError: no space.
+    """
+    name = _checked_name(artifact.resolve().name if name is None else name)
+    if runtime not in RUNTIMES:
+        raise UsageError(f"--runtime {runtime}: no such runtime; choose {', '.join(RUNTIMES)}")
+    for option, value in (
+        ("--max-streams", max_streams),
+        ("--max-waiting", max_waiting),
+        ("--threads", 1 if threads is None else threads),
+    ):
+        if value < 1:
+            raise UsageError(f"{option} {value}: must be 1 or more")
+    source = load_manifest(artifact)
+    if changed := changed_files(artifact, source):
+        raise InputError(
+            f"{artifact / changed[0]}: is not what the manifest says; export the model again"
+        )
+    load_tokenizer(artifact)
+    parameters = {
+        "runtime": runtime,
+        "max_streams": str(max_streams),
+        "max_waiting": str(max_waiting),
+        **({"threads": str(threads)} if threads is not None else {}),
+    }
+    described = {
+        "model": name,
+        "context_length": context_length(artifact),
+        "parameters": parameters,
+        "recipe": source["recipe"],
+    }
+    with publish(repository, force=force) as staging:
+        require_space(repository, sum(path.stat().st_size for path in artifact.iterdir()))
+        version = staging / name / "1"
+        version.mkdir(parents=True)
+        config = to_text(_model_config(name, parameters))
+        (staging / name / "config.pbtxt").write_text(config, encoding="utf-8")
+        shutil.copyfile(_HERE / "model.py", version / "model.py")
+        _copy_modules(SERVED, version / "quarot_onnx")
+        shutil.copytree(artifact, version / "artifact", copy_function=shutil.copyfile)
+        for script in ("run.sh", "client.py"):
+            shutil.copyfile(_HERE / script, staging / script)
+            (staging / script).chmod(0o755)
+        save_manifest(staging, described)
+        return load_manifest(staging)
+
+
+def _checked_name(name: str) -> str:
+    """Triton takes the model's name from a directory and puts it into URLs."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"--name {name!r}: a model's name is 1 to 100 letters, digits, '.', '_' or '-' and "
+            "starts with a letter or a digit; choose another with --name"
+        )
+    return name
+
+
+def _copy_modules(names: Iterable[str], target: Path) -> None:
+    target.mkdir()
+    package = Path(quarot_onnx.__file__).parent
+    for name in names:
+        shutil.copyfile(package / f"{name}.py", target / f"{name}.py")
+
+
+def _model_config(name: str, parameters: dict[str, str]) -> Any:
+    """A decoupled model of the Python backend with one instance, which batches by itself."""
+    config = ModelConfig(name=name, backend="python", max_batch_size=1)
+    for tensor, data_type, length in INPUTS:
+        config.input.add(
+            name=tensor, data_type=data_type, dims=[length], optional=tensor != "text_input"
+        )
+    for tensor, data_type, length in OUTPUTS:
+        config.output.add(name=tensor, data_type=data_type, dims=[length])
+    config.model_transaction_policy.decoupled = True
+    config.instance_group.add(count=1, kind="KIND_CPU")
+    for key, value in parameters.items():
+        config.parameters[key].string_value = value
+    return config
