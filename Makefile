@@ -7,10 +7,10 @@ DEMO := out/demo
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test mutations check lint format clean
+.PHONY: help setup demo plugins plugins-cpu test mutations check lint format clean
 
 help: ## Show this help
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: .venv/.ready ## Make .venv with the pinned versions (CPU)
 
@@ -19,6 +19,11 @@ setup: .venv/.ready ## Make .venv with the pinned versions (CPU)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[cpu,data,report,dev]"
 	@touch $@
+
+.venv/tensorrt/lean-%: tests/plugins/runtimes/lean-%.txt .venv/.ready
+	@rm -rf $@
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ --requirement $< && touch $@ || \
+	  echo "test: no TensorRT lean runtime $* from the package index; the tests that load the plugins into it will be skipped"
 
 .venv-triton/.ready: constraints-triton.txt
 	$(PYTHON) -m venv .venv-triton
@@ -34,7 +39,13 @@ demo: setup ## Export, validate, evaluate and run the embedded model; write out/
 	$(BIN)/quarot-onnx report $(DEMO)/w4a4kv4 $(DEMO)/report.html --reference $(MODEL) --text $(TEXT) \
 	  --prompt "Return the" --validation $(DEMO)/validation.json --evaluation $(DEMO)/evaluation.json
 
-test: setup .venv-triton/.ready ## Run the tests (CPU, offline); the mutation tests are `make mutations`
+plugins: setup ## Build build/plugins/libquarot_plugins.so with nvcc (ARCHS="80 86 89 90a 120", TRT_INCLUDE=dir)
+	@$(BIN)/python -m quarot_onnx.plugins.build plugins $(ARCHS)
+
+plugins-cpu: setup ## Build build/plugins/libquarot_plugins_cpu.so: the same plugins on emulated kernels, with g++
+	@$(BIN)/python -m quarot_onnx.plugins.build plugins-cpu
+
+test: setup .venv-triton/.ready .venv/tensorrt/lean-10 .venv/tensorrt/lean-11 ## Run the tests (CPU, offline); the mutation tests are `make mutations`
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
 mutations: setup ## Plant bugs in the kernels and see the tests catch them
@@ -44,7 +55,7 @@ lint: setup ## Run ruff, mypy and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'plugins_cuda/*.cu' 'plugins_cuda/*.cuh' 'plugins_cuda/*.hpp' 'plugins_cuda/*.h' 'tests/*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'plugins_cuda/*.cu' 'plugins_cuda/*.cuh' 'plugins_cuda/*.hpp' 'plugins_cuda/*.h' 'plugins_cuda/*.cpp' 'tests/*.cu' 'tests/plugins/*.cpp')
 
 check: lint test ## Lint and test
 

@@ -7,6 +7,8 @@ every pass and the sha256 of every file. A crash or a full disk leaves nothing u
 """
 
 import errno
+import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -59,10 +61,15 @@ def publish(target: Path, *, force: bool = False) -> Iterator[Path]:
     """A directory to fill; on success it becomes `target`, otherwise nothing is left.
 
     Raises:
-        UsageError: `target` exists and is not empty (unless `force` and it is an artifact of ours).
+        UsageError: `target` exists and is not empty (unless `force` and it is an artifact of ours),
+            or another process is writing it.
         ResourceError: no space, or no permission to write there.
     """
     target = target.resolve()  # "." and a link have no name of their own to build beside
+    try:
+        _take_over(target)
+    except OSError as error:
+        raise _resource_error(error, target) from error
     _check_target(target, force=force)
     unique = f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}"
     staging, replaced = (target.with_name(f"{unique}.{kind}") for kind in ("partial", "replaced"))
@@ -71,9 +78,11 @@ def publish(target: Path, *, force: bool = False) -> Iterator[Path]:
         signal.signal(signal.SIGTERM, _terminate)
     except ValueError:  # not the main thread: the caller handles its signals
         previous_handler = None
+    lock = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
+        lock = _locked(staging)
         yield staging
         if target.exists():
             target.rename(replaced)
@@ -87,8 +96,43 @@ def publish(target: Path, *, force: bool = False) -> Iterator[Path]:
         raise _resource_error(error, target) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
         if previous_handler is not None:
             signal.signal(signal.SIGTERM, previous_handler)
+
+
+def _take_over(target: Path) -> None:
+    """Put back or remove what a process that was killed has left beside `target`.
+
+    Raises:
+        UsageError: another process is writing `target`.
+    """
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        if left.suffix == ".partial" and left.is_dir():
+            lock = _locked(left)
+            if lock is None:
+                raise UsageError(
+                    f"{target}: another export is writing it; wait, or choose another directory"
+                )
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.replaced"):
+        if target.exists():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.rename(target)
+
+
+def _locked(directory: Path) -> int | None:
+    """A descriptor that holds the lock on `directory` while it is open; None where another does."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _terminate(number: int, frame: object) -> None:

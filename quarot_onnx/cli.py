@@ -350,6 +350,58 @@ def report(
 
 
 @app.command()
+def compare(
+    model_dir: ModelDir,
+    out_dir: Annotated[
+        Path, typer.Argument(help="Where table, JSON and page go; finished runs in it are kept.")
+    ],
+    recipes: Annotated[
+        list[str],
+        typer.Option("--recipe", "-r", help="A preset or a .toml file; repeatable."),
+    ],
+    settings: Settings = None,
+    text: Text = "embedded",
+    calibration: Annotated[
+        str, typer.Option("--calibration", metavar="TEXT", help="What calibrated methods see.")
+    ] = "embedded",
+    windows: Windows = "32",
+    window_length: WindowLength = 256,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds each recipe runs with.")] = 1,
+    baseline: Annotated[
+        str | None, typer.Option(help="The recipe whose loss counts as 100 %.")
+    ] = None,
+    runtime: Runtime = "ort-cpu",
+    threads: Threads = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Measure again what has been measured.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Export and measure several recipes; write a table, JSON and an HTML page."""
+    from quarot_onnx.comparison import compare as run_compare  # noqa: PLC0415
+    from quarot_onnx.comparison import rows  # noqa: PLC0415
+
+    with _progress("comparing", "runs") as progress:
+        content = run_compare(
+            model_dir,
+            out_dir,
+            recipes,
+            settings=settings or (),
+            seeds=seeds,
+            text=text,
+            calibration=calibration,
+            count=_window_count(windows),
+            length=window_length,
+            baseline=baseline,
+            runtime=runtime,
+            threads=threads,
+            force=force,
+            progress=progress,
+        )
+    _emit(content, as_json, lambda: tables.show_comparison(out_dir, content, rows(content)))
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Show this preset as TOML.")] = None,
     as_json: Json = False,

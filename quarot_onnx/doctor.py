@@ -9,6 +9,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from quarot_onnx.errors import MissingDependencyError
+from quarot_onnx.plugins import build, library
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -74,17 +77,7 @@ def diagnose() -> list[Finding]:
             else 'on a machine with an NVIDIA GPU: pip install "quarot-onnx[tensorrt]"',
         )
     )
-    nvcc = shutil.which("nvcc") or _cuda_home_nvcc()
-    findings.append(
-        Finding(
-            "nvcc",
-            nvcc or "",
-            "building the CUDA kernels",
-            ""
-            if nvcc
-            else "install the CUDA toolkit, set CUDA_HOME, or pip install nvidia-cuda-nvcc",
-        )
-    )
+    findings += [_nvcc(), plugins()]
     driver = ctypes.util.find_library("cuda") or ""
     findings.append(
         Finding(
@@ -109,9 +102,27 @@ def _onnxruntime() -> Finding:
     return Finding("onnxruntime", found, "validate, eval, generate", remedy, not found)
 
 
-def _cuda_home_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=f"{home}/bin") if home else None
+def _nvcc() -> Finding:
+    try:
+        return Finding("nvcc", str(build.find_nvcc()), "building the CUDA kernels and plugins")
+    except MissingDependencyError:
+        remedy = "install the CUDA toolkit, set CUDA_HOME, or pip install nvidia-cuda-nvcc"
+        return Finding("nvcc", "", "building the CUDA kernels and plugins", remedy)
+
+
+def plugins() -> Finding:
+    """The TensorRT plugin library: whether it is there, whole, and of these sources."""
+    name, needed_for = "TensorRT plugins", "engines"
+    if library.LIBRARY_VARIABLE not in os.environ and not library.is_installed():
+        remedy = "make plugins in a checkout, on a machine with nvcc (docs/plugins.md)"
+        return Finding(name, "", needed_for, remedy)
+    try:
+        found = library.find()
+    except MissingDependencyError as error:
+        return Finding(name, str(error), needed_for, "make plugins", is_problem=True)
+    described = f"{found.path}: {found.backend} for {' '.join(found.architectures)}"
+    remedy = "" if found.is_current else "built from other sources than these: make plugins"
+    return Finding(name, described, needed_for, remedy)
 
 
 def _version(package: str) -> str:

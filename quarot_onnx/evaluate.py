@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity of an artifact on a text, by prefill and by decoding, beside its baselines.
+"""How good an artifact is on a text: perplexity, baselines, agreement with the float model.
 
 The text is cut into windows that do not overlap (`quarot_onnx.texts`); every token of a window but
 the first is predicted from those before it in the window. Log-probabilities are taken in float64.
@@ -26,7 +26,7 @@ WINDOWS, WINDOW_LENGTH = 32, 256
 Progress = Callable[[int, int], None]
 """Called with the windows done and the windows in all."""
 
-_BASELINES = 3  # what `baselines` evaluates
+_BASELINES = 2  # artifacts that `baselines` evaluates
 _LOGITS_AT_ONCE = 1 << 24  # 64 MB in float32: windows are batched up to here
 
 
@@ -130,6 +130,58 @@ def decode_perplexity(
     )
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """A model's predictions beside those of the model that it stands for.
+
+    Attributes:
+        perplexity: of the model.
+        reference_perplexity: of the other one, on the same windows.
+        kl_divergence: mean of KL(reference || model) over all tokens, in nats.
+        top1_agreement: fraction of tokens with the same most likely next token.
+    """
+
+    perplexity: float
+    reference_perplexity: float
+    kl_divergence: float
+    top1_agreement: float
+
+
+def agreement(
+    model: CausalModel,
+    reference: CausalModel,
+    windows: Ids,
+    *,
+    progress: Progress | None = None,
+) -> Agreement:
+    """Perplexity, KL divergence and top-1 agreement of `model` on windows [N, T], by prefill.
+
+    Raises:
+        GateError: a logit of `model` is not finite.
+    """
+    batch = min(_batch_size(each, windows.shape[1]) for each in (model, reference))
+    own, other, divergence, agreed = [], [], [], []
+    for start in range(0, len(windows), batch):
+        part = windows[start : start + batch]
+        found, _ = model.step(part, model.new_cache(len(part)))
+        expected, _ = reference.step(part, reference.new_cache(len(part)))
+        own.append(_target_log_probabilities(found[:, :-1], part[:, 1:]))
+        _require_finite(own[-1], start)
+        other.append(_target_log_probabilities(expected[:, :-1], part[:, 1:]))
+        agreed.append(found.argmax(axis=-1) == expected.argmax(axis=-1))
+        for rows in zip(found, expected, strict=True):
+            q, p = map(log_probabilities, rows)
+            divergence.append((np.exp(p) * (p - q)).sum(axis=-1))
+        if progress is not None:
+            progress(start + len(part), len(windows))
+    return Agreement(
+        perplexity=math.exp(-np.concatenate(own).mean()),
+        reference_perplexity=math.exp(-np.concatenate(other).mean()),
+        kl_divergence=float(np.stack(divergence).mean()),
+        top1_agreement=float(np.concatenate(agreed).mean()),
+    )
+
+
 def evaluate(
     artifact: Path,
     text: str | Path,
@@ -150,8 +202,8 @@ def evaluate(
         count: how many evenly spaced windows; None takes all, as the literature does.
         length: tokens of a window.
         decode: also decode token by token through the cache.
-        reference: the Hugging Face directory; adds its perplexity and those of the same recipe
-            without rotations.
+        reference: the Hugging Face directory; adds its perplexity, the agreement with it, and the
+            perplexities of the same bits without rotations.
         runtime: where the artifact runs.
         threads: of one operator.
         progress: called after each batch of windows.
@@ -159,7 +211,8 @@ def evaluate(
     Returns:
         For JSON: ``perplexity``, ``windows``, ``window_length``, ``tokens`` (of the text),
         ``recipe``, ``runtime``, ``cache_bytes_per_token``, and where asked ``decode``,
-        ``baselines`` and ``damage_removed``: the share, in log-perplexity, by baseline.
+        ``agreement``, ``baselines`` and ``damage_removed``: the share, in log-perplexity, by
+        baseline.
 
     Raises:
         InputError: the text is unreadable or too short, the artifact is damaged.
@@ -171,8 +224,18 @@ def evaluate(
     cut = read.tokens
     model = OnnxModel(artifact, runtime=runtime, threads=threads)
     shares = iter(_shares(progress, 1 + decode + (0 if reference is None else _BASELINES)))
+    agreed = None
+    if reference is None:
+        found_perplexity = perplexity(model, cut, progress=next(shares))
+    else:
+        from quarot_onnx.reference import HuggingFaceModel  # noqa: PLC0415  # imports torch
+
+        original = HuggingFaceModel(reference, threads=threads)
+        agreed = agreement(model, original, cut, progress=next(shares))
+        found_perplexity = agreed.perplexity
+        del original
     result: dict[str, Any] = {
-        "perplexity": perplexity(model, cut, progress=next(shares)),
+        "perplexity": found_perplexity,
         "windows": len(cut),
         "window_length": length,
         "tokens": read.available,
@@ -187,11 +250,18 @@ def evaluate(
             "top1_agreement": by_decode.top1_agreement,
             "mean_difference": by_decode.mean_difference,
         }
-    if reference is not None:
+    if reference is not None and agreed is not None:
         del model
-        found = baselines(
-            reference, manifest, cut, runtime=runtime, threads=threads, progress=list(shares)
-        )
+        result["agreement"] = {
+            "kl_divergence": agreed.kl_divergence,
+            "top1_agreement": agreed.top1_agreement,
+        }
+        found = {
+            "fp32": agreed.reference_perplexity,
+            **baselines(
+                reference, manifest, cut, runtime=runtime, threads=threads, progress=list(shares)
+            ),
+        }
         result["baselines"] = found
         kept = math.log(result["perplexity"] / found["fp32"])
         result["damage_removed"] = {
@@ -233,18 +303,28 @@ def baselines(
         progress: for each of the baselines, called after each batch of windows.
 
     Returns:
-        ``fp32`` by PyTorch; ``folded`` and ``unrotated``: the same bits without rotations, with
-        norm scales folded and not. Exported to a temporary directory.
+        ``folded`` and ``unrotated``: the same bits without rotations, with norm scales folded and
+        not, rounded to nearest where the recipe is calibrated. Exported to a temporary directory.
     """
     from quarot_onnx.pipeline import export  # noqa: PLC0415  # imports torch
-    from quarot_onnx.recipe import Recipe, Rotations  # noqa: PLC0415
-    from quarot_onnx.reference import HuggingFaceModel  # noqa: PLC0415  # imports torch
+    from quarot_onnx.recipe import (  # noqa: PLC0415
+        Activations,
+        KvCache,
+        Recipe,
+        Rotations,
+        Weights,
+    )
 
     recipe = Recipe.model_validate(manifest["recipe"])
-    original = HuggingFaceModel(model_dir, threads=threads)
-    found = {"fp32": perplexity(original, windows, progress=progress[0])}
+    if recipe.is_calibrated:
+        recipe = Recipe(
+            weights=Weights(bits=recipe.weights.bits),
+            activations=Activations(bits=recipe.activations.bits),
+            kv_cache=KvCache(bits=recipe.kv_cache.bits, io=recipe.kv_cache.io),
+        )
+    found: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="quarot-onnx-") as directory:
-        for index, (name, fold) in enumerate((("folded", True), ("unrotated", False)), start=1):
+        for index, (name, fold) in enumerate((("folded", True), ("unrotated", False))):
             off = Rotations(
                 fold_norm_scale=fold, r1="none", r2=False, heads=False, r3=False, r4=False
             )
@@ -254,6 +334,7 @@ def baselines(
                 out,
                 recipe.model_copy(update={"name": name, "rotations": off}),
                 dtype=manifest["dtype"],
+                certify=False,
             )
             model = OnnxModel(out, runtime=runtime, threads=threads)
             found[name] = perplexity(model, windows, progress=progress[index])

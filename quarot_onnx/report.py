@@ -1,14 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One self-contained HTML page: the numbers, the rotation plan, the outliers before and after.
+"""One self-contained HTML page: the numbers, the rotation plan, the outliers before and after."""
 
-Nothing is loaded from anywhere: the style is inline, figures are inline SVG in the page's colours,
-and a content security policy forbids the rest. Strings are escaped: a model's name is not ours.
-"""
-
-import base64
-import io
 import math
-import re
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,19 +11,29 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from quarot_onnx.activations import SITES, Activation, Float32, Statistics
+from quarot_onnx.activations import SITES, Activation, Statistics
 from quarot_onnx.artifacts import DATA, MODEL
-from quarot_onnx.errors import InputError, MissingDependencyError, ResourceError
+from quarot_onnx.errors import InputError
+from quarot_onnx.pages import (
+    AFTER,
+    BEFORE,
+    INK,
+    STYLE,
+    inline,
+    matplotlib,
+    number,
+    render,
+    surface_figure,
+    write_page,
+)
 
 if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.figure import Figure
 
 _TEMPLATE = "report.html.jinja"
-_THIN = "\N{NARROW NO-BREAK SPACE}"
 _TOKENS = 256  # of the sample that the figures show
 _NEW_TOKENS = 64  # of the generated sample
-_RIDGES, _COLUMNS = 48, 112  # of a drawn surface, at most
 
 
 # --- Content --------------------------------------------------------------------------------------
@@ -285,13 +288,7 @@ def write_report(path: Path, content: ReportContent) -> None:
         MissingDependencyError: Jinja2 or, for figures, Matplotlib is not installed.
         ResourceError: `path` cannot be written.
     """
-    page = _render(content)
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ResourceError(
-            f"{path}: cannot be written ({error.strerror}); choose another place"
-        ) from error
+    write_page(path, _render(content))
 
 
 def report_artifact(
@@ -445,20 +442,9 @@ def _sample(artifact: Path, prompt: str) -> Sample:
 
 
 def _render(content: ReportContent) -> str:
-    try:
-        import jinja2  # noqa: PLC0415  # an extra
-    except ImportError as error:
-        raise _missing("jinja2", error) from error
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "size": byte_size, "seconds": _seconds}
     activations = content.activations or {}
-    return environment.get_template(_TEMPLATE).render(
+    return render(
+        _TEMPLATE,
         content=content,
         model=content.model,
         rotations=rotation_plan(content.model, content.passes),
@@ -467,38 +453,6 @@ def _render(content: ReportContent) -> str:
         layers=_layer_figures(activations),
         total_seconds=sum(seconds for _, seconds in content.timing),
     )
-
-
-def _missing(package: str, error: ImportError) -> MissingDependencyError:
-    return MissingDependencyError(
-        f'{package}: cannot be imported ({error}); pip install "quarot-onnx[report]"'
-    )
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """`value` with `digits` significant digits and a thin space between thousands."""
-    if value is None or math.isnan(value):
-        return "–" if value is None else "not a number"
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    if value != 0 and not 1e-3 <= abs(value) < 1e7:
-        return f"{value:.{digits - 1}e}"
-    places = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
-    return f"{value:,.{places}f}".replace(",", _THIN)
-
-
-def byte_size(count: float) -> str:
-    """`count` bytes in decimal units."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= max(scale, 1e4):
-            return f"{number(count / scale, 3)}\N{NO-BREAK SPACE}{unit}"
-    return f"{count:,.0f}".replace(",", _THIN) + "\N{NO-BREAK SPACE}bytes"
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 60:
-        return f"{number(seconds, 3)}\N{NO-BREAK SPACE}s"
-    return f"{int(seconds // 60)}\N{NO-BREAK SPACE}min {seconds % 60:02.0f}\N{NO-BREAK SPACE}s"
 
 
 @dataclass(frozen=True)
@@ -534,32 +488,6 @@ def _damage_bars(perplexity: Perplexity | None) -> list[_Bar]:
 
 
 # --- Figures --------------------------------------------------------------------------------------
-# Drawn in stand-in colours that become the page's CSS variables: one figure fits both themes.
-
-_INK, _FAINT, _BEFORE, _AFTER = "#010203", "#040506", "#070809", "#0a0b0c"
-_VARIABLES = {_INK: "--muted", _FAINT: "--line", _BEFORE: "--before", _AFTER: "--after"}
-_HEIGHT_COLOURS = ("#2f6f94", "#7fb1c6", "#ddd6bd", "#e6a052", "#c2402b")  # calm to peak
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "quarot-onnx",
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _FAINT,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.6,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "lines.linewidth": 1.6,
-}
-
-
 @dataclass(frozen=True)
 class _SurfaceFigure:
     """One site of the drawn layer: two figures and what they say in numbers."""
@@ -582,15 +510,6 @@ class _LayerFigure:
     figure: "Markup"
 
 
-def _matplotlib() -> Any:
-    try:
-        import matplotlib as mpl  # noqa: PLC0415  # an extra
-        import matplotlib.ticker  # noqa: PLC0415
-    except ImportError as error:
-        raise _missing("matplotlib", error) from error
-    return mpl
-
-
 def _surface_figures(activations: Mapping[str, Activation]) -> list[_SurfaceFigure]:
     found = []
     for site, activation in activations.items():
@@ -599,8 +518,8 @@ def _surface_figures(activations: Mapping[str, Activation]) -> list[_SurfaceFigu
             peaks = float(before.max()), float(after.max())
             limit = max(*peaks, 1e-30)
             pictures = {
-                when: _inline(
-                    _surface_figure(values, limit),
+                when: inline(
+                    surface_figure(values, limit),
                     f"surface-{site}-{layer}-{when}",
                     f"Magnitude of the {SITES[site]} of layer {layer} by token and channel, "
                     f"{when} rotation; the largest is {number(float(values.max()), 3)}",
@@ -622,59 +541,6 @@ def _surface_figures(activations: Mapping[str, Activation]) -> list[_SurfaceFigu
     return found
 
 
-def _surface_figure(magnitude: Float32, limit: float) -> "Figure":
-    """|activation| [tokens, channels] as a surface up to `limit`; only its body is a bitmap."""
-    mpl = _matplotlib()
-    from matplotlib.colors import LightSource, LinearSegmentedColormap  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    tokens, channels = magnitude.shape
-    heights, rows, columns = _pooled(magnitude)
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(4.6, 3.15))
-        axes: Any = figure.add_axes((-0.07, -0.035, 1.14, 1.14), projection="3d")
-        colours = LinearSegmentedColormap.from_list("heights", _HEIGHT_COLOURS)
-        painted = colours(np.sqrt(heights / limit))
-        light = LightSource(azdeg=225, altdeg=50).hillshade(heights / limit, vert_exag=8)
-        painted[..., :3] *= 0.8 + 0.2 * light[..., None]
-        x, y = np.meshgrid(columns, rows)
-        surface = axes.plot_surface(
-            x,
-            y,
-            heights,
-            facecolors=painted,
-            shade=False,
-            rstride=1,
-            cstride=1,
-            linewidth=0,
-            antialiased=False,
-        )
-        surface.set_rasterized(True)
-        top = mpl.ticker.MaxNLocator(4).tick_values(0, limit)[-1]
-        axes.set(xlim=(0, channels), ylim=(0, tokens), zlim=(0, top))
-        axes.set_box_aspect((1.65, 1.0, 0.82), zoom=1.1)
-        axes.view_init(elev=27, azim=-62)
-        axes.set_xlabel("channel", labelpad=1)
-        axes.set_ylabel("token", labelpad=0)
-        for axis, ticks in ((axes.xaxis, 4), (axes.yaxis, 3), (axes.zaxis, 4)):
-            axis.set_major_locator(mpl.ticker.MaxNLocator(ticks))
-            axis.set_tick_params(pad=-2)
-            axis.set_pane_color((0, 0, 0, 0))
-            axis.line.set_color(_FAINT)
-    return figure
-
-
-def _pooled(values: Float32) -> tuple[Float32, Any, Any]:
-    """The maxima of blocks of `values`, few enough to draw, and where the blocks begin."""
-    edges = [
-        np.unique(np.linspace(0, size, min(size, most), endpoint=False).astype(int))
-        for size, most in zip(values.shape, (_RIDGES, _COLUMNS), strict=True)
-    ]
-    by_row = np.maximum.reduceat(values, edges[0], axis=0)
-    pooled: Float32 = np.maximum.reduceat(by_row, edges[1], axis=1)
-    return pooled, edges[0], edges[1]
-
-
 def _layer_figures(activations: Mapping[str, Activation]) -> list[_LayerFigure]:
     if not activations:
         return []
@@ -685,7 +551,7 @@ def _layer_figures(activations: Mapping[str, Activation]) -> list[_LayerFigure]:
     return [
         _LayerFigure(
             SITES[site],
-            _inline(
+            inline(
                 _layer_figure(activation, peak * 1.15, limits),
                 f"layers-{site}",
                 f"The {SITES[site]} by layer, before and after rotation: max/rms from "
@@ -702,23 +568,23 @@ def _mean_of(entries: Sequence[Any], name: str) -> float:
 
 
 def _layer_figure(activation: Activation, peak: float, limits: tuple[float, float]) -> "Figure":
-    mpl = _matplotlib()
+    mpl = matplotlib()
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     layers = range(len(activation.before))
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.4, 3.5))
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1.15, 1))
         figure.subplots_adjust(left=0.15, right=0.98, top=0.93, bottom=0.11, hspace=0.3)
         for axes, name in ((above, "max_over_rms"), (below, "snr_db")):
-            for entries, colour in ((activation.before, _BEFORE), (activation.after, _AFTER)):
+            for entries, colour in ((activation.before, BEFORE), (activation.after, AFTER)):
                 values = [getattr(entry, name) for entry in entries]
                 axes.plot(layers, values, color=colour, marker="o", markersize=3.2, clip_on=False)
             axes.grid(axis="y")
             axes.set_axisbelow(True)
             axes.tick_params(length=0)
         above.axhline(
-            _gaussian_peak(activation.group_size), color=_INK, linewidth=0.9, linestyle=(0, (3, 3))
+            _gaussian_peak(activation.group_size), color=INK, linewidth=0.9, linestyle=(0, (3, 3))
         )
         above.set_yscale("log", base=2)
         above.set_ylim(1, peak)
@@ -738,38 +604,3 @@ def _layer_figure(activation: Activation, peak: float, limits: tuple[float, floa
 def _gaussian_peak(channels: int) -> float:
     """The median of max|x| over `channels` standard normal numbers."""
     return statistics.NormalDist().inv_cdf((1 + 0.5 ** (1 / channels)) / 2)
-
-
-def _inline(figure: "Figure", name: str, label: str) -> "Markup":
-    """The figure as an SVG element for the page, with ids of its own and the page's colours."""
-    from markupsafe import Markup, escape  # noqa: PLC0415  # comes with Jinja2
-
-    buffer = io.StringIO()
-    empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with _matplotlib().rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", dpi=220, transparent=True, metadata=empty)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    box = re.search(r'viewBox="([^"]*)"', svg)
-    assert box is not None
-    svg = svg[svg.index(">") + 1 :]
-    svg = svg.replace("xlink:href", "href")
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    svg = re.sub(r'href="#', f'href="#{name}-', svg)
-    svg = re.sub(r"data:image/png;base64,([^\"]*)", _compressed, svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
-    opening = f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(label)}">'
-    return Markup(opening + svg)
-
-
-def _compressed(match: re.Match[str]) -> str:
-    """The bitmap in a palette of 255 colours and transparency, a quarter of the bytes."""
-    from PIL import Image  # noqa: PLC0415  # comes with Matplotlib
-
-    picture = Image.open(io.BytesIO(base64.b64decode(match[1]))).convert("RGBA")
-    buffer = io.BytesIO()
-    picture.quantize(256, method=Image.Quantize.FASTOCTREE).save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

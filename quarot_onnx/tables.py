@@ -4,8 +4,12 @@
 Every function takes what ``--json`` would print. Rich is imported when something is printed.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quarot_onnx.comparison.measure import Measured
 
 
 def show_recipes(recipes: list[dict[str, Any]]) -> None:
@@ -151,11 +155,41 @@ def show_evaluation(content: dict[str, Any]) -> None:
     )
     for name, removed in content.get("damage_removed", {}).items():
         print(f"{removed:.1%} of the damage is removed, in log-perplexity against: {labels[name]}")
+    if agreed := content.get("agreement"):
+        print(
+            f"against fp32: KL divergence {agreed['kl_divergence']:.4g} nats per token, "
+            f"top-1 agreement {agreed['top1_agreement']:.1%}"
+        )
     if decode := content.get("decode"):
         print(
             f"token by token through the cache: perplexity {decode['perplexity']:.3f}, "
             f"top-1 agreement with one pass {decode['top1_agreement']:.1%}"
         )
+
+
+def show_comparison(out_dir: Path, content: dict[str, Any], rows: Sequence["Measured"]) -> None:
+    """Recipes side by side, the least loss first."""
+    share = [f"of {content['baseline']}"] if content["baseline"] else []
+    _table(
+        f"{content['windows']} windows of {content['window_length']} tokens of {content['text']}; "
+        f"fp32: {content['fp32']:.3f}",
+        ["recipe", "bits", "perplexity", "loss", *share, "KL", "top-1", "MB"],
+        [
+            [
+                row.recipe,
+                row.bits,
+                f"{row.perplexity:,.3f}",
+                f"{row.loss:.4f}",
+                *(["" if row.share is None else f"{row.share:.0%}"] if share else []),
+                f"{row.kl_divergence:.4f}",
+                f"{row.top1_agreement:.1%}",
+                f"{row.bytes / 1e6:.2f}",
+            ]
+            for row in sorted(rows, key=lambda row: row.loss)
+        ],
+        numeric=6 + len(share),
+    )
+    print(f"wrote {out_dir}: comparison.html, comparison.md, comparison.json")
 
 
 _ROTATIONS = (

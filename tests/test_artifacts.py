@@ -149,10 +149,34 @@ def test_the_working_directory_and_a_link_may_be_the_target(
     assert _listing(tmp_path) == ["here", "link", "real"]
 
 
-def test_a_name_left_by_a_killed_run_does_not_matter(tmp_path: Path) -> None:
-    (tmp_path / f".out.{os.getpid()}.partial").mkdir()
+def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / ".out.123-abc.partial"
+    left.mkdir()
+    (left / "model.onnx_data").write_text("half")
+    other = tmp_path / ".output.123-abc.partial"
+    other.mkdir()
     _publish(tmp_path / "out")
     assert "new.txt" in _listing(tmp_path / "out")
+    assert _listing(tmp_path) == [other.name, "out"]
+
+
+def test_an_artifact_that_a_killed_run_had_moved_aside_is_put_back(tmp_path: Path) -> None:
+    _publish(tmp_path / "out", name="old.txt")
+    (tmp_path / "out").rename(tmp_path / ".out.123-abc.replaced")
+    (tmp_path / ".out.123-abc.partial").mkdir()
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        _publish(tmp_path / "out")
+    assert _listing(tmp_path) == ["out"]
+    assert "old.txt" in _listing(tmp_path / "out")
+
+
+def test_two_exports_do_not_write_one_directory(tmp_path: Path) -> None:
+    with publish(tmp_path / "out") as staging:
+        with pytest.raises(UsageError, match="another export is writing it; wait"):
+            _publish(tmp_path / "out")
+        _publish(tmp_path / "elsewhere")
+        (staging / "manifest.json").write_text("{}")
+    assert _listing(tmp_path) == ["elsewhere", "out"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

@@ -10,6 +10,7 @@ from quarot_onnx import evaluate as module
 from quarot_onnx.artifacts import load_manifest
 from quarot_onnx.errors import GateError, InputError
 from quarot_onnx.evaluate import (
+    agreement,
     baselines,
     decode_perplexity,
     evaluate,
@@ -18,6 +19,7 @@ from quarot_onnx.evaluate import (
 )
 from quarot_onnx.pipeline import export
 from quarot_onnx.recipe import load_recipe
+from quarot_onnx.reference import HuggingFaceModel
 from quarot_onnx.runtime import Cache, Ids, Logits, OnnxModel
 from tests.conftest import Exported, HuggingFace
 
@@ -102,6 +104,36 @@ def test_decoding_that_differs_is_seen() -> None:
     assert found.perplexity != pytest.approx(found.prefill_perplexity, rel=0.1)
 
 
+def test_a_model_agrees_with_itself() -> None:
+    ids = np.random.default_rng(0).integers(0, 7, (3, 6))
+    found = agreement(Table(random_table()), Table(random_table() + 2), ids)  # a shift of logits
+    assert found.kl_divergence == pytest.approx(0, abs=1e-6)
+    assert found.top1_agreement == 1
+    assert found.perplexity == pytest.approx(found.reference_perplexity, rel=1e-6)
+
+
+def test_kl_divergence_is_from_the_reference_over_every_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", 6 * 7)  # a batch of one window
+    ids = np.random.default_rng(0).integers(0, 7, (3, 6))
+    ours, theirs = random_table(1), random_table(2)
+    found = agreement(Table(ours), Table(theirs), ids)
+    p, q = (np.exp(log_probabilities(table[ids])) for table in (theirs, ours))
+    assert found.kl_divergence == pytest.approx((p * np.log(p / q)).sum(-1).mean(), rel=1e-9)
+    same = (ours.argmax(-1) == theirs.argmax(-1))[ids]
+    assert found.top1_agreement == pytest.approx(same.mean())
+    assert found.perplexity == pytest.approx(perplexity(Table(ours), ids))
+    assert found.reference_perplexity == pytest.approx(perplexity(Table(theirs), ids))
+
+
+def test_agreement_names_a_logit_that_is_not_finite() -> None:
+    table = random_table()
+    table[3] = np.nan
+    with pytest.raises(GateError, match=r"logits: not finite at token 1 of window 0;"):
+        agreement(Table(table), Table(random_table()), np.array([[0, 3, 1]]))
+
+
 def test_decoding_through_the_packed_cache_agrees_with_prefill(exported: Exported) -> None:
     model = OnnxModel(exported("qwen2-biases", "w4a4kv4"), threads=1)
     found = decode_perplexity(model, np.random.default_rng(0).integers(0, 128, (4, 24)))
@@ -113,10 +145,11 @@ def test_baselines_stand_on_the_same_windows(exported: Exported, hugging_face: H
     manifest = load_manifest(exported("llama", "rotate-only"))
     ids = np.random.default_rng(0).integers(0, 128, (2, 16))
     found = baselines(hugging_face("llama"), manifest, ids, threads=1)
-    assert set(found) == {"fp32", "folded", "unrotated"}
+    assert set(found) == {"folded", "unrotated"}
     # Nothing is quantized by this recipe, so all of them are the same function.
-    assert found["folded"] == pytest.approx(found["fp32"], rel=1e-5)
-    assert found["unrotated"] == pytest.approx(found["fp32"], rel=1e-5)
+    fp32 = perplexity(HuggingFaceModel(hugging_face("llama"), threads=1), ids)
+    assert found["folded"] == pytest.approx(fp32, rel=1e-5)
+    assert found["unrotated"] == pytest.approx(fp32, rel=1e-5)
 
 
 def test_baselines_keep_the_bits_of_the_recipe(

@@ -11,6 +11,7 @@ import tokenizers
 
 from quarot_onnx.activations import SITES, Activation, Statistics, Surface
 from quarot_onnx.errors import InputError, MissingDependencyError, ResourceError
+from quarot_onnx.pages import byte_size, number
 from quarot_onnx.pipeline import export
 from quarot_onnx.recipe import load_recipe
 from quarot_onnx.report import (
@@ -22,8 +23,6 @@ from quarot_onnx.report import (
     Size,
     Stage,
     Validation,
-    byte_size,
-    number,
     report_artifact,
     rotation_plan,
     write_report,

@@ -31,7 +31,7 @@ extern "C" {
 #endif
 
 // Increases when a struct or the meaning of an argument changes.
-#define QR_ABI_VERSION 2
+#define QR_ABI_VERSION 3
 
 #if defined(_WIN32)
 #define QR_EXPORT __declspec(dllexport)
@@ -117,7 +117,7 @@ QR_EXPORT size_t qr_hadamard_sign_words(const int32_t* factors, int32_t num_fact
 // multiplied into it (Sylvester ⊗ H_f). `matrices` holds the ±1 matrices H_f [f, f] (int8,
 // row-major, H[i, j]) of those factors that are not powers of two, in order, one after the other.
 // `words` (host memory) receives the signs; the caller copies them to the device and sets
-// plan->signs.
+// plan->signs. With both NULL only the plan's sizes are filled in.
 QR_EXPORT int qr_make_hadamard_plan(const int32_t* factors, int32_t num_factors, int32_t inner,
                                     const int8_t* matrices, uint32_t* words,
                                     qr_hadamard_plan* plan);
@@ -251,7 +251,7 @@ typedef struct qr_kv_append_args {
   int64_t capacity;    // tokens that the cache has room for, a multiple of 4
   const void* k;       // K after RoPE; element (b, h, t, d) at k + b*strides[0] + h*strides[1] +
                        // t*strides[2] + d
-  const void* v;       // V, same strides
+  const void* v;       // V, same strides; NULL: there is only K, and `value` is not looked at
   int64_t strides[3];  // elements; multiples of 8
   const int32_t*
       lengths;       // [batch] device memory: tokens already in the cache, or NULL: `start` for all
@@ -270,7 +270,7 @@ typedef struct qr_kv_attention_args {
   int32_t epilogue;  // qr_epilogue: y, or INT4 codes for o_proj
   int32_t activation_layout;
   int32_t batch, heads, kv_heads, head_dim;
-  int64_t query_tokens;  // query tokens per sequence: 1 in decode
+  int64_t query_tokens;  // query tokens per sequence: 1 in decode; 0 is allowed and does nothing
   int64_t capacity;      // of the cache
   int64_t max_length;    // upper bound of every length after the append; sets the grid, so a graph
                          // can be replayed

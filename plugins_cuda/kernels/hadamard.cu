@@ -582,7 +582,7 @@ extern "C" QR_EXPORT int qr_make_hadamard_plan(const int32_t* factors, int32_t n
   int count = 0;
   if (!merge_factors(factors, num_factors, &butterflies, merged, &count) || !is_power_of_two(inner))
     return QR_ERROR_UNSUPPORTED_PLAN;
-  if (count && (!matrices || !words)) return QR_ERROR_NULL_POINTER;
+  if (count && (matrices == nullptr) != (words == nullptr)) return QR_ERROR_NULL_POINTER;
   *plan = qr_hadamard_plan{};
   plan->butterflies = static_cast<int32_t>(butterflies);
   plan->inner = inner;
@@ -590,6 +590,7 @@ extern "C" QR_EXPORT int qr_make_hadamard_plan(const int32_t* factors, int32_t n
     const int order = static_cast<int>(merged[f].order), core = static_cast<int>(merged[f].core);
     const int steps = sign_steps_of(order);
     plan->dense[f] = order;
+    if (!words) continue;
     for (int word = 0; word < sign_words_of(order); word++) {
       const int lane = word % 32, step = word / 32 % steps, tile = word / 32 / steps;
       uint32_t bits = 0;

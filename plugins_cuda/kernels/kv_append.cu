@@ -27,7 +27,7 @@ struct AppendParams {
 
 }  // namespace
 
-// T: f16 or bf16. kHeadDim: 64, 128 or 256. blockIdx.y: 0 is K, 1 is V.
+// T: f16 or bf16. kHeadDim: 64, 128 or 256. blockIdx.y: 0 is K, 1 is V (where there is one).
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kAppendThreads) kv_append_kernel(const AppendParams p) {
   constexpr int kLanes = kHeadDim == 64 ? 16 : 32, kEach = kHeadDim / kLanes;
@@ -128,7 +128,7 @@ int launch_append(const AppendParams& p, int head_dim, cudaStream_t stream) {
   const int64_t blocks =
       (p.batch * p.kv_heads * p.tokens * lanes + kAppendThreads - 1) / kAppendThreads;
   if (blocks > 0x7fffffff) return QR_ERROR_UNSUPPORTED_SHAPE;
-  const dim3 grid(static_cast<unsigned>(blocks), 2);
+  const dim3 grid(static_cast<unsigned>(blocks), p.source[1] ? 2 : 1);
   if (head_dim == 64)
     return QR_LAUNCH((kv_append_kernel<T, 64>), grid, kAppendThreads, 0, stream, p);
   if (head_dim == 128)
@@ -157,10 +157,12 @@ extern "C" QR_EXPORT int qr_kv_append(const qr_kv_append_args* a, void* stream) 
   if (a->tokens < 0) return QR_ERROR_UNSUPPORTED_SHAPE;
   if (!(a->clip_ratio > 0 && a->clip_ratio <= 1)) return QR_ERROR_BAD_ARGUMENT;
   QR_RETURN_IF_ERROR(check_pointer(a->k));
-  QR_RETURN_IF_ERROR(check_pointer(a->v));
   QR_RETURN_IF_ERROR(check_strides(a->strides));
   QR_RETURN_IF_ERROR(check_cache(a->key));
-  QR_RETURN_IF_ERROR(check_cache(a->value));
+  if (a->v) {
+    QR_RETURN_IF_ERROR(check_pointer(a->v));
+    QR_RETURN_IF_ERROR(check_cache(a->value));
+  }
   if (a->tokens == 0) return QR_OK;
   AppendParams p{};
   p.source[0] = a->k;

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from quarot_onnx.errors import MissingDependencyError, UnsupportedModelError
 from quarot_onnx.plugins.layouts import Layout
 
-ABI_VERSION: Final = 2
+ABI_VERSION: Final = 3
 
 Pointer = Any
 """An int, a NumPy array, or an object with data_ptr() or __cuda_array_interface__; None is null."""
@@ -435,14 +435,14 @@ class Kernels:
         capacity: int,
         strides: tuple[int, int, int],
         key: KvCache,
-        value: KvCache,
+        value: KvCache | None,
         lengths: Pointer = None,
         start: int = 0,
         rotate_k: bool = False,
         clip_ratio: float = 0.95,
         stream: int | None = None,
     ) -> None:
-        """``qr_kv_append``: quantize the new K and V and write them behind what is there."""
+        """``qr_kv_append``: quantize the new K (and V) and write them behind what is there."""
         args = _KvAppendArgs(
             dtype=dtype,
             batch=batch,
@@ -458,7 +458,7 @@ class Kernels:
             rotate_k=rotate_k,
             clip_ratio=clip_ratio,
             key=key._args(),
-            value=value._args(),
+            value=_KvCacheArgs() if value is None else value._args(),
         )
         self.check(self.library.qr_kv_append(byref(args), stream), f"kv_append(tokens={tokens})")
 

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quarot_onnx.errors import InputError, UnsupportedModelError
+from quarot_onnx.hadamard import hadamard_matrix
 
 U8Array = npt.NDArray[np.uint8]
 I8Array = npt.NDArray[np.int8]
@@ -215,3 +216,42 @@ def packed_from_split(split: I8Array, m: int, k: int) -> U8Array:
     row, chunk = np.arange(rows)[:, None], np.arange(8)[None, :]
     axes = chunks[:, row, chunk ^ (row % 8)].reshape(steps, rows, 2, 2, 32).transpose(1, 0, 2, 4, 3)
     return packed_from_codes(axes.reshape(rows, steps * STEP_COLUMNS)[:m, :k])
+
+
+def hadamard_signs(factors: tuple[int, ...]) -> I32Array:
+    """What a kernel needs to know of ``H_f1 ⊗ H_f2 ⊗ ..`` beside the factors: int32 [words].
+
+    Only factors that are not powers of two need words; powers of two in front of one are multiplied
+    into it (Sylvester ⊗ H_f). A word holds the signs of a lane's operand of four tensor-core tiles,
+    16 x 16 each: bit ``15 - (4 i + r) + 16 half`` is set where
+    ``H[16 (4 step + i) + 2 (lane % 4) + half + 8 (r // 2), 16 tile + lane // 4 + 8 (r % 2)]`` is
+    negative; words are [factor, tile, step, lane]. The twin of ``qr_make_hadamard_plan``, which
+    also says which factors the kernels take.
+    """
+    words = [np.zeros(0, np.int32)]
+    twos = 1
+    for factor in factors:
+        if factor & (factor - 1) == 0:
+            twos *= factor
+        else:
+            H = np.kron(hadamard_matrix(twos), hadamard_matrix(factor))
+            words.append(_sign_words(H < 0))
+            twos = 1
+    return np.concatenate(words)
+
+
+def _sign_words(negative: npt.NDArray[np.bool_]) -> I32Array:
+    """The words of one factor; negative [order, order]."""
+    tiles = _padded(len(negative), 16) // 16
+    steps = _padded(tiles, 4) // 4
+    padded = np.zeros((64 * steps, 16 * tiles), np.bool_)
+    padded[: len(negative), : len(negative)] = negative
+    # axes of a row: step, i, r // 2, lane % 4, half; of a column: tile, r % 2, lane // 4
+    axes = padded.reshape(steps, 4, 2, 4, 2, tiles, 2, 8)
+    bits = axes.transpose(5, 0, 7, 3, 1, 2, 6, 4).reshape(tiles, steps, 32, 4, 2, 2, 2)
+    i, high, low, half = np.indices((4, 2, 2, 2))
+    shifts = 15 - (4 * i + 2 * high + low) + 16 * half
+    weights = np.left_shift(np.uint32(1), shifts.astype(np.uint32))
+    words = (bits * weights).sum(axis=(3, 4, 5, 6), dtype=np.uint32)
+    signed: I32Array = words.reshape(-1).view(np.int32)
+    return signed

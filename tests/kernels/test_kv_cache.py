@@ -522,7 +522,7 @@ REFUSALS: Final = [
     ("heads that kv heads do not divide", {"heads": 9}, "table of supported shapes"),
     ("more tokens than capacity", {"max_length": 100}, "table of supported shapes"),
     ("a capacity that is not a multiple of 4", {"capacity": 33}, "table of supported shapes"),
-    ("no query tokens", {"query_tokens": 0}, "table of supported shapes"),
+    ("fewer than no query tokens", {"query_tokens": -1}, "table of supported shapes"),
     ("a thousand slices", {"split_kv": 1000}, "out of range"),
     ("an unknown epilogue", {"epilogue": 7}, "out of range"),
     ("no output", {"y": None}, "null"),
@@ -612,3 +612,25 @@ def test_any_mix_of_heads_lengths_and_slices(
         rotate_,
     )
     assert_close(*attend(case, dtype, seed=seed), dtype)
+
+
+def test_append_takes_k_alone(library):
+    cache = Cache(library, 1, 2, 8, 64)
+    held = library.put(np.ones((1, 2, 3, 64), np.float16))
+    library.kernels.kv_append(
+        Dtype.FP16,
+        held.pointer,
+        None,
+        batch=1,
+        kv_heads=2,
+        head_dim=64,
+        tokens=3,
+        capacity=8,
+        strides=(384, 192, 64),
+        key=cache.key,
+        value=None,
+    )
+    codes, _, _ = cache.read(0)
+    assert (codes[:, :, :3] == 0xFF).all()
+    assert (codes[:, :, 3:] == 0xEE).all()
+    assert (cache.read(1)[0] == 0xEE).all()

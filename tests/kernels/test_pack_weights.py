@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quarot_onnx.errors import InputError, UnsupportedModelError
+from quarot_onnx.hadamard import hadamard_matrix
 from quarot_onnx.plugins import layouts
 from quarot_onnx.plugins.layouts import Layout
 
@@ -154,3 +155,14 @@ def test_numpy_refuses_codes_that_do_not_fit_and_arrays_of_another_weight():
         layouts.packed_from_split(np.zeros(100, np.int8), 8, 128)
     with pytest.raises(InputError, match=r"got int8\[64, 64\]; give uint8 with 2 dimensions"):
         layouts.fragments_from_packed(np.zeros((64, 64), np.int8))
+
+
+@pytest.mark.parametrize(
+    "factors", [(12,), (12, 8), (2, 12, 4), (172, 64), (36, 2, 12, 8), (12, 20, 4), (4, 4)], ids=str
+)
+def test_hadamard_signs_are_those_of_the_plan(library, factors):
+    matrices = [hadamard_matrix(factor) for factor in factors if factor & (factor - 1)]
+    _, words = library.kernels.hadamard_plan(factors, matrices)
+    signs = layouts.hadamard_signs(factors)
+    np.testing.assert_array_equal(signs, words.view(np.int32)[: signs.size])
+    assert (signs.size == 0) == (not matrices)
