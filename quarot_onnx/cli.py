@@ -100,6 +100,10 @@ def export(
     recipe: Recipe = "w4a4kv4",
     settings: Settings = None,
     dtype: Dtype = "float32",
+    transforms: Annotated[
+        Path | None,
+        typer.Option(help="Matrices (.safetensors) in place of the recipe's; none is learned."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
     certify: Annotated[
         bool,
@@ -132,6 +136,7 @@ def export(
             out_dir,
             resolved,
             dtype=dtype,
+            transforms=transforms,
             force=force,
             certify=certify,
             progress=progress,

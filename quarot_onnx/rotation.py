@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from quarot_onnx.errors import UnsupportedModelError
 from quarot_onnx.hadamard import Plan, plan, random_orthogonal, randomized_signs
 from quarot_onnx.weights import Float64
 
@@ -35,7 +34,7 @@ class Rotation:
     * ``randomized_hadamard``: diag(s) H / √n with random signs s (QuaRot, section 3).
     * ``random_orthogonal``: Haar-distributed.
     * ``walsh``: H / √n with its columns sorted by their number of sign changes.
-    * ``grouped_walsh``: blocks of such matrices of order `group_size` (GSR, arXiv 2505.03810).
+    * ``grouped_walsh``: blocks of such matrices, of a group each (GSR, arXiv 2505.03810).
     * ``dct``: the orthonormal cosine transform, DCT-II.
     * ``identity``: nothing is mixed.
     * ``given``: `matrix`, imported or learned.
@@ -48,11 +47,8 @@ class Rotation:
         size: the order n.
         seed: determines the signs or the matrix, together with `site`.
         site: the name of the place, so that places with one seed differ.
-        group_size: the order of the blocks of ``grouped_walsh``.
+        group_size: the largest order of the blocks of ``grouped_walsh``.
         matrix: [n, n], of a ``given`` one.
-
-    Raises:
-        UnsupportedModelError: the groups do not divide the order.
     """
 
     kind: RotationKind
@@ -62,17 +58,16 @@ class Rotation:
     group_size: int = 128
     matrix: Float64 | None = field(default=None, compare=False, repr=False)
 
-    def __post_init__(self) -> None:
-        if self.kind == "grouped_walsh" and self.size % self.group_size:
-            raise UnsupportedModelError(
-                f"{self.site}: groups of {self.group_size} do not divide its order {self.size}; "
-                "set rotations.group_size to a divisor"
-            )
-
     @property
     def block_size(self) -> int:
-        """Features that are mixed with each other."""
-        return self.group_size if self.kind == "grouped_walsh" else self.size
+        """Features that are mixed with each other: all, or a group.
+
+        A group is the largest divisor of the order up to `group_size`.
+        """
+        if self.kind != "grouped_walsh":
+            return self.size
+        limit = min(self.group_size, self.size)
+        return next(n for n in range(limit, 0, -1) if self.size % n == 0)
 
     @cached_property
     def plan(self) -> Plan | None:

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quarot_onnx.errors import UnsupportedModelError
 from quarot_onnx.hadamard import random_orthogonal
 from quarot_onnx.rotation import Rotation
 
@@ -105,12 +104,9 @@ def test_a_grouped_walsh_matrix_mixes_within_groups_only() -> None:
     np.testing.assert_array_equal(grouped, np.kron(np.eye(3), block))
 
 
-def test_refuses_groups_that_do_not_divide() -> None:
-    with pytest.raises(UnsupportedModelError) as caught:
-        Rotation("grouped_walsh", 24, 0, "R1", group_size=16)
-    assert str(caught.value) == (
-        "R1: groups of 16 do not divide its order 24; set rotations.group_size to a divisor"
-    )
+def test_a_group_is_the_largest_divisor_up_to_the_size_asked_for() -> None:
+    assert Rotation("grouped_walsh", 24, 0, "R1", group_size=16).block_size == 12
+    assert Rotation("grouped_walsh", 24, 0, "R1", group_size=128).block_size == 24
 
 
 def test_the_first_cosine_is_constant_and_the_second_falls() -> None:
