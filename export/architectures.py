@@ -7,7 +7,7 @@ the tests. An unknown one is refused: a guessed mapping would be a wrong model t
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,13 @@ SUPPORTED = (
     "gpt_neox",
     "llama",
     "mistral",
+    "mixtral",
     "opt",
     "phi3",
     "qwen2",
+    "qwen2_moe",
     "qwen3",
+    "qwen3_moe",
 )
 """Values of ``model_type`` in config.json."""
 
@@ -39,17 +42,58 @@ _INTERMEDIATE_SIZE = ("ffn_dim", "intermediate_size")
 _ACTIVATION = ("hidden_activation", "hidden_act", "activation_function")
 _HEAD_DIM = {"gemma2": 256, "gemma3_text": 256, "qwen3": 128}
 """What transformers assumes where config.json does not say; others divide hidden_size by heads."""
+_POST_NORMS = {"gemma2": 2, "gemma3_text": 2}
+"""Norms behind the writers of a layer, whose scale nothing can take over."""
+
+
+@dataclass(frozen=True)
+class _ExpertKeys:
+    """Which keys of config.json say how wide experts are."""
+
+    size: str
+    shared_size: str | None = None
+
+
+_EXPERTS = {
+    "mixtral": _ExpertKeys("intermediate_size"),
+    "qwen2_moe": _ExpertKeys("moe_intermediate_size", "shared_expert_intermediate_size"),
+    "qwen3_moe": _ExpertKeys("moe_intermediate_size"),
+}
+_NUM_EXPERTS = ("num_local_experts", "num_experts")
 _LIMIT = 1 << 24
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
+class FeedForward:
+    """One size of feed-forward network in a decoder.
+
+    Attributes:
+        name: ``down_proj``, ``an expert's down_proj`` or ``the shared expert's down_proj``.
+        size: what its down_proj reads.
+        visits: how many such networks a token goes through in a layer that has them.
+    """
+
+    name: str
+    size: int
+    visits: int = 1
+
+
+@dataclass(frozen=True)
 class Dimensions:
-    """The sizes of a decoder, whatever its configuration calls them."""
+    """The sizes of a decoder, whatever its configuration calls them.
+
+    Attributes:
+        feed_forwards: the kinds of feed-forward network; one for a model without experts.
+        num_experts: of a layer with a mixture; 0 where there is none.
+        post_norms: how many norms of a layer stand behind its writers.
+    """
 
     hidden_size: int
-    intermediate_size: int
+    feed_forwards: tuple[FeedForward, ...]
+    num_experts: int
+    post_norms: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -63,13 +107,26 @@ def dimensions(raw: Mapping[str, Any]) -> Dimensions:
     assumed = _HEAD_DIM.get(raw["model_type"], hidden_size // heads)
     return Dimensions(
         hidden_size=hidden_size,
-        intermediate_size=raw[_key(raw, _INTERMEDIATE_SIZE)],
+        feed_forwards=tuple(_feed_forward_sizes(raw)),
+        num_experts=num_experts(raw),
+        post_norms=_POST_NORMS.get(raw["model_type"], 0),
         num_layers=raw["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or assumed,
         vocabulary_size=raw["vocab_size"],
     )
+
+
+def _feed_forward_sizes(raw: Mapping[str, Any]) -> Iterator[FeedForward]:
+    forms = _feed_forwards(raw, raw["num_hidden_layers"])
+    if "dense" in forms:
+        yield FeedForward("down_proj", raw[_key(raw, _INTERMEDIATE_SIZE)])
+    keys = _EXPERTS.get(raw["model_type"])
+    if keys is not None and "experts" in forms:
+        yield FeedForward("an expert's down_proj", raw[keys.size], raw["num_experts_per_tok"])
+        if keys.shared_size is not None:
+            yield FeedForward("the shared expert's down_proj", raw[keys.shared_size])
 
 
 def _key(raw: Mapping[str, Any], names: tuple[str, ...]) -> str:
@@ -159,7 +216,12 @@ def load_config(directory: Path, raw: dict[str, Any]) -> "transformers.Pretraine
 
 
 def _check_sizes(path: Path, raw: dict[str, Any]) -> None:
-    for key in (*_SIZES, _key(raw, _INTERMEDIATE_SIZE)):
+    experts = _EXPERTS.get(raw["model_type"])
+    needed = [*_SIZES, _key(raw, _INTERMEDIATE_SIZE)]
+    if experts is not None:
+        named = (_key(raw, _NUM_EXPERTS), experts.size, experts.shared_size, "num_experts_per_tok")
+        needed += [key for key in named if key is not None]
+    for key in needed:
         value = raw.get(key)
         if type(value) is not int or not 0 < value <= _LIMIT:
             raise InputError(
@@ -186,10 +248,29 @@ def _check_heads(path: Path, heads: int, kv_heads: Any) -> None:
         )
 
 
-def layer_kinds(config: "transformers.PretrainedConfig") -> list[str]:
-    """What distinguishes each layer's graph, first to last; equal kinds are clones."""
-    types = getattr(config, "layer_types", None)
-    return list(types) if types else ["full_attention"] * config.num_hidden_layers
+def layer_kinds(config: "transformers.PretrainedConfig") -> list[tuple[str, str]]:
+    """What distinguishes each layer's graph, first to last; equal kinds are clones.
+
+    A kind is the reach of its attention, and the form of its feed-forward.
+    """
+    count = config.num_hidden_layers
+    types = getattr(config, "layer_types", None) or ["full_attention"] * count
+    return list(zip(types, _feed_forwards(config.to_dict(), count), strict=True))
+
+
+def _feed_forwards(raw: Mapping[str, Any], layers: int) -> list[str]:
+    """For each layer whether its feed-forward is ``dense`` or ``experts``."""
+    if not num_experts(raw):
+        return ["dense"] * layers
+    dense, step = raw.get("mlp_only_layers") or [], raw.get("decoder_sparse_step") or 1
+    return [
+        "dense" if index in dense or (index + 1) % step else "experts" for index in range(layers)
+    ]
+
+
+def num_experts(raw: Mapping[str, Any]) -> int:
+    """How many experts a layer with a mixture has; 0 where there is none."""
+    return int(raw[_key(raw, _NUM_EXPERTS)]) if raw["model_type"] in _EXPERTS else 0
 
 
 def shallow(
@@ -201,5 +282,8 @@ def shallow(
     reduced = copy.deepcopy(config)
     reduced.num_hidden_layers = len(distinct)
     if getattr(config, "layer_types", None):
-        reduced.layer_types = distinct
+        reduced.layer_types = [attention for attention, _ in distinct]
+    if hasattr(config, "mlp_only_layers"):
+        reduced.decoder_sparse_step = 1
+        reduced.mlp_only_layers = [i for i, (_, form) in enumerate(distinct) if form == "dense"]
     return reduced, [distinct.index(kind) for kind in kinds]

@@ -27,7 +27,7 @@ MODULE = "quarot.module"
 
 _READING = "quarot.reading"
 
-_PARTS = {
+PARTS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "query_key_value": ("query", "key", "value"),
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -42,13 +42,16 @@ class Reading:
     Attributes:
         tensor: the parameter's name in Hugging Face's model.
         transposed: the initializer is the transpose of (the rows of) the tensor.
-        rows: which of the tensor's rows (torch's output features) belong to it; None is all.
+        rows: which of the output features belong to it: rows of the tensor where it is transposed,
+            else its last axis; None is all.
+        index: which tensor of a stack (an expert's) it is; None where the parameter is no stack.
         addend: what is added to every number (Gemma's norms scale by ``1 + w``).
     """
 
     tensor: str
     transposed: bool = False
     rows: Rows | None = None
+    index: int | None = None
     addend: float = 0.0
 
 
@@ -72,6 +75,7 @@ def canonicalize(model: ir.Model) -> None:
     separate_gemms(model)
     transpose_weights(model)
     batch_flattened_tokens(model)
+    drop_idle_reshapes(model)
     separate_fused_linears(model)
     absorb_scale_addends(model)
     common_passes.CommonSubexpressionEliminationPass()(model)
@@ -113,7 +117,7 @@ def _insert(
     return node.outputs[0]
 
 
-def _take_place(old: ir.Node, position: int, new: ir.Value) -> None:
+def take_place(old: ir.Node, position: int, new: ir.Value) -> None:
     """Let `new` be read, and named if it is the graph's output, as output `position` of `old`."""
     output = old.outputs[position]
     if output.is_graph_output():
@@ -147,7 +151,7 @@ def separate_gemms(model: ir.Model) -> None:
         y = _insert(model.graph, node, "MatMul", [x, weight], shape, like=result)
         if bias and bias[0] is not None:
             y = _insert(model.graph, node, "Add", [y, bias[0]], shape, like=result)
-        _take_place(node, 0, y)
+        take_place(node, 0, y)
         model.graph.remove(node, safe=True)
 
 
@@ -211,7 +215,7 @@ def batch_flattened_tokens(model: ir.Model) -> None:
         for leaving in exits:
             source = leaving.inputs[0]
             assert source is not None
-            _take_place(leaving, 0, source)
+            take_place(leaving, 0, source)
             model.graph.remove(leaving, safe=True)
         model.graph.remove(node, safe=True)
 
@@ -253,11 +257,26 @@ def _is_by_token(node: ir.Node, values: set[ir.Value]) -> bool:
     )
 
 
+def drop_idle_reshapes(model: ir.Model) -> None:
+    """Tokens that are flattened twice.
+
+    before: ``Reshape(x [N, n], [-1, n])``
+    after:  ``x``
+    """
+    for node in list(model.graph):
+        x, y = (node.inputs[0] if node.inputs else None), node.outputs[0]
+        if node.op_type != "Reshape" or x is None or x.shape is None or y.shape is None:
+            continue
+        if len(x.shape) == len(y.shape) == 2 and isinstance(y.shape[1], int) and x.shape == y.shape:
+            y.replace_all_uses_with(x)
+            model.graph.remove(node, safe=True)
+
+
 # --- Fused linears --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Fused:
+class Fused:
     """A linear of which other nodes take parts: the product, its bias, and the last of the two."""
 
     product: ir.Node
@@ -287,16 +306,16 @@ def separate_fused_linears(model: ir.Model) -> None:
         fused = _fused_linear(node)
         if fused is None:
             continue
-        parts = list(_feature_parts(fused)) or list(_head_parts(fused))
+        parts = list(feature_parts(fused)) or list(_head_parts(fused))
         for number, (taker, position, rows) in enumerate(parts):
             y = _part(model.graph, fused, number, len(parts), rows)
             if taker.op_type == "Split" and taker.inputs[0] is not fused.output:
                 y = _by_head(model.graph, fused, taker, position, y)
-            _take_place(taker, position, y)
+            take_place(taker, position, y)
     common_passes.RemoveUnusedNodesPass()(model)
 
 
-def _fused_linear(node: ir.Node) -> _Fused | None:
+def _fused_linear(node: ir.Node) -> Fused | None:
     if node.op_type != "MatMul" or not is_weight(node.inputs[1]):
         return None
     output = node.outputs[0]
@@ -304,11 +323,11 @@ def _fused_linear(node: ir.Node) -> _Fused | None:
     if len(users) == 1 and users[0][0].op_type == "Add":
         bias = next((v for v in users[0][0].inputs if is_weight(v)), None)
         if bias is not None:
-            return _Fused(node, bias, users[0][0].outputs[0])
-    return _Fused(node, None, output)
+            return Fused(node, bias, users[0][0].outputs[0])
+    return Fused(node, None, output)
 
 
-def _feature_parts(fused: _Fused) -> Iterator[tuple[ir.Node, int, Rows]]:
+def feature_parts(fused: Fused) -> Iterator[tuple[ir.Node, int, Rows]]:
     """(node, output, rows) where every reader takes a range of features."""
     found: list[tuple[ir.Node, int, Rows]] = []
     rank = len(fused.output.shape or ())
@@ -321,25 +340,30 @@ def _feature_parts(fused: _Fused) -> Iterator[tuple[ir.Node, int, Rows]]:
                 rows = Rows(fused.features, start, start + output.shape[-1])
                 found.append((user, position, rows))
                 start += output.shape[-1]
-        elif (bounds := _slice_bounds(user, rank)) is not None:
-            start, stop = bounds
-            found.append((user, 0, Rows(fused.features, start, min(stop, fused.features))))
+        elif (taken := _sliced(user, rank, fused.features)) is not None:
+            found.append((user, 0, taken))
         else:
             return
     yield from sorted(found, key=lambda part: part[2].start)
 
 
-def _slice_bounds(node: ir.Node, rank: int) -> tuple[int, int] | None:
+def _sliced(node: ir.Node, rank: int, features: int) -> Rows | None:
+    """The features that a Slice takes: a range, or every n-th one to the end."""
     if node.op_type != "Slice" or len(node.inputs) != 5:
         return None
     constants = [_constant(v) for v in node.inputs[1:]]
     if any(c is None or c.size != 1 for c in constants):
         return None
     start, stop, axis, step = (int(c.ravel()[0]) for c in constants if c is not None)
-    return (start, stop) if axis in (-1, rank - 1) and step == 1 and 0 <= start < stop else None
+    if axis not in (-1, rank - 1) or not 0 <= start < stop:
+        return None
+    if step == 1:
+        return Rows(features, start, min(stop, features))
+    is_interleaved = start < step and stop >= features and features % step == 0
+    return Rows(step, start, start + 1) if is_interleaved else None
 
 
-def _head_parts(fused: _Fused) -> Iterator[tuple[ir.Node, int, Rows]]:
+def _head_parts(fused: Fused) -> Iterator[tuple[ir.Node, int, Rows]]:
     """The same where the features are [heads, parts * head_dim] and split within each head."""
     node, chain = fused.output, []
     for op_type in ("Reshape", "Transpose", "Split"):
@@ -364,7 +388,7 @@ def _head_parts(fused: _Fused) -> Iterator[tuple[ir.Node, int, Rows]]:
         start += output.shape[3]
 
 
-def _part(graph: ir.Graph, fused: _Fused, number: int, count: int, rows: Rows) -> ir.Value:
+def _part(graph: ir.Graph, fused: Fused, number: int, count: int, rows: Rows) -> ir.Value:
     """The output of a linear that computes `rows` of the features."""
     x, weight = fused.product.inputs
     assert x is not None
@@ -373,7 +397,7 @@ def _part(graph: ir.Graph, fused: _Fused, number: int, count: int, rows: Rows) -
     assert fused.output.shape is not None
     module = fused.product.metadata_props[MODULE]
     parent, _, last = module.rpartition(".")
-    names = _PARTS.get(last, ())
+    names = PARTS.get(last, ())
     name = names[number] if len(names) == count else f"{last}.{number}"
     module = f"{parent}.{name}"
     selected = rows.count(fused.features)
@@ -397,9 +421,7 @@ def _select(
     return value
 
 
-def _by_head(
-    graph: ir.Graph, fused: _Fused, split: ir.Node, position: int, y: ir.Value
-) -> ir.Value:
+def _by_head(graph: ir.Graph, fused: Fused, split: ir.Node, position: int, y: ir.Value) -> ir.Value:
     """`y` [B, S, heads * head_dim] as [B, heads, S, head_dim]."""
     transposed = split.outputs[position].shape
     assert transposed is not None

@@ -194,20 +194,28 @@ class CheckpointSource:
     Attributes:
         entry: the tensor on disk.
         transposed: the ONNX layout is the transpose of the one on disk (torch's linear weights).
-        rows: which rows on disk it has; None is all.
+        rows: which output features it has, rows on disk where it is transposed and else the last
+            axis; None is all.
+        index: which part of a stack, along its first axis; None where the tensor is no stack.
     """
 
     entry: TensorEntry
     transposed: bool = False
     rows: Rows | None = None
+    index: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape in ONNX layout."""
-        shape = self.entry.shape
+        shape = list(self.entry.shape if self.index is None else self.entry.shape[1:])
         if self.rows is not None:
-            shape = (self.rows.count(shape[0]), *shape[1:])
-        return shape[::-1] if self.transposed else shape
+            shape[self._axis] = self.rows.count(shape[self._axis])
+        return tuple(shape[::-1] if self.transposed else shape)
+
+    @property
+    def _axis(self) -> int:
+        """The axis of the output features on disk, counted without a stack's own."""
+        return 0 if self.transposed else -1
 
     def read(self, index: tuple[slice, ...]) -> Float64:
         """The numbers at `index` (ONNX layout) as a float64 array that is contiguous.
@@ -221,7 +229,10 @@ class CheckpointSource:
             bad = np.argwhere(~np.isfinite(values))
             first = [int(i) + (s.start or 0) for i, s in zip(bad[0], part, strict=True)]
             if self.rows is not None:
-                first[0] = int(self.rows.numbers(slice(first[0], first[0] + 1))[0])
+                number = first[self._axis]
+                first[self._axis] = int(self.rows.numbers(slice(number, number + 1))[0])
+            if self.index is not None:
+                first.insert(0, self.index)
             raise InputError(
                 f"{self.entry.file}: tensor {self.entry.name} has {len(bad)} values that are not "
                 f"finite (first at {first}); download it again or repair the model"
@@ -231,11 +242,16 @@ class CheckpointSource:
     def _stored(self, part: tuple[slice, ...]) -> NDArray[Any]:
         """The numbers at `part` of the selected rows, in the dtype on disk."""
         stored = _map(self.entry)
+        if self.index is not None:
+            stored = stored[self.index]
         if self.rows is None:
             return stored[part]
-        first = part[0]
-        end = self.rows.count(len(stored)) if first.stop is None else first.stop
-        return stored[self.rows.numbers(slice(first.start, end))][(slice(None), *part[1:])]
+        axis = self._axis % len(part)
+        features = part[axis]
+        size = self.rows.count(stored.shape[axis])
+        end = size if features.stop is None else features.stop
+        others = tuple(slice(None) if i == axis else s for i, s in enumerate(part))
+        return stored[others].take(self.rows.numbers(slice(features.start, end)), axis)
 
 
 def _map(entry: TensorEntry) -> NDArray[Any]:

@@ -95,14 +95,19 @@ def _bodies(graph: ir.Graph, count: int) -> list[list[ir.Node]]:
     """The nodes of each traced layer, in order."""
     dependent: set[ir.Value] = {v for v in graph.inputs if _cache_index(v) is not None}
     bodies: list[list[ir.Node]] = [[] for _ in range(count)]
+    computed: list[set[ir.Value]] = [set() for _ in range(count)]
     for node in graph:
-        carries_state = node.op_type != "Shape" and any(v in dependent for v in node.inputs if v)
+        index = layer_index(node.metadata_props[MODULE])
+        if node.op_type == "Shape":  # of the hidden state or a cache it is every layer's
+            carries_state = index is not None and node.inputs[0] in computed[index]
+        else:
+            carries_state = any(v in dependent for v in node.inputs if v)
         if not (carries_state or _is_embedding(node)):
             continue
         dependent.update(node.outputs)
-        index = layer_index(node.metadata_props[MODULE])
         if index is not None:
             bodies[index].append(node)
+            computed[index].update(node.outputs)
     return bodies
 
 

@@ -2,13 +2,14 @@
 """Trace a Hugging Face decoder with fake weights, one layer of each kind.
 
 No weight is read: parameters are fake tensors, so a 70B configuration traces as fast as a small
-one. Three hooks turn what differs between modelling files into two marker operators,
-``quarot::KvAppend`` and ``quarot::KvAttention``, which every model calls after RoPE with
-un-repeated K and V:
+one. Hooks turn what differs between modelling files into three marker operators,
+``quarot::KvAppend``, ``quarot::KvAttention``, which every model calls after RoPE with
+un-repeated K and V, and ``quarot::GroupedLinear``:
 
 * the attention interface emits ``KvAttention(q, k, v, mask)``,
 * the cache layer's ``update`` emits ``KvAppend(past, new)``,
-* the mask interface always builds the boolean mask, so that causality is in the graph.
+* the mask interface always builds the boolean mask, so that causality is in the graph,
+* the experts interface sorts tokens by expert and emits ``GroupedLinear(x, weights, counts)``.
 """
 
 import logging
@@ -27,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import sdpa_mask
 
 from quarot_onnx.errors import UnsupportedModelError
@@ -36,7 +38,7 @@ MARKER_DOMAIN = "quarot"
 TIED = "quarot.tied"
 """Initializer metadata: the name of the other parameter that it is tied to."""
 
-ATTENTION_NAME = "quarot_marker"
+IMPLEMENTATION = "quarot_marker"
 
 # Sizes of the example inputs: none is 0 or 1, which torch.export would specialize.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
@@ -89,6 +91,86 @@ def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """HF's boolean mask [B, 1, S, T], never skipped in favour of an ``is_causal`` flag."""
     mask: torch.Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
     return mask
+
+
+def _onnx(
+    op: str,
+    inputs: list[torch.Tensor],
+    attributes: dict[str, Any],
+    like: torch.Tensor,
+    shape: list[Any] | None = None,
+) -> Any:
+    """An operator of ONNX as it is; its output has `like`'s dtype, and its shape for None."""
+    size = list(like.shape) if shape is None else shape
+    return torch.onnx.ops.symbolic(op, inputs, attributes, dtype=like.dtype, shape=size)
+
+
+def _argsort(numbers: torch.Tensor) -> Any:
+    """Where each of the sorted `numbers` [n] stands among them; equal ones keep their order."""
+    count = _onnx("Shape", [numbers], {}, numbers, [1])
+    _, order = torch.onnx.ops.symbolic_multi_out(
+        "TopK",
+        [numbers, count],
+        {"axis": 0, "largest": 0, "sorted": 1},
+        dtypes=[torch.int64, torch.int64],
+        shapes=[list(numbers.shape)] * 2,
+    )
+    return order
+
+
+def _rows(x: torch.Tensor, numbers: torch.Tensor) -> Any:
+    """Rows of x [N, n] by their numbers [m]: [m, n]."""
+    return _onnx("Gather", [x, numbers], {"axis": 0}, x, [numbers.shape[0], x.shape[1]])
+
+
+def _experts(
+    module: Any, hidden: torch.Tensor, expert: torch.Tensor, share: torch.Tensor
+) -> torch.Tensor:
+    """HF's experts interface: every token visits the experts that its router chose.
+
+    Args:
+        module: the stacks of weights, [E, out, in] or (``is_transposed``) [E, in, out].
+        hidden: the tokens [N, hidden_size].
+        expert: the numbers of the K experts of each token [N, K].
+        share: what each of them counts [N, K].
+
+    Returns:
+        The weighted sums [N, hidden_size].
+
+    Rows are sorted by expert, so that each expert computes its own rows and no others.
+    """
+    chosen = expert.shape[-1]
+    numbers = expert.reshape(-1)
+    order = _argsort(numbers)
+    token = _onnx("Div", [order, torch.tensor(chosen)], {}, order)
+    counts = (numbers[:, None] == torch.arange(module.num_experts)).long().sum(dim=0)
+
+    def grouped(x: torch.Tensor, name: str) -> Any:
+        weight = getattr(module, name)
+        bias = [getattr(module, f"{name}_bias")] if module.has_bias else []
+        return torch.onnx.ops.symbolic(
+            f"{MARKER_DOMAIN}::GroupedLinear",
+            [x, weight, counts, *bias],
+            {"transposed": int(not module.is_transposed)},
+            dtype=x.dtype,
+            shape=[x.shape[0], weight.shape[2 if module.is_transposed else 1]],
+            version=1,
+        )
+
+    x = _rows(hidden, token)
+    if module.has_gate:
+        inner = module._apply_gate(grouped(x, "gate_up_proj"))
+    else:
+        inner = module.act_fn(grouped(x, "up_proj"))
+    y = grouped(inner, "down_proj")
+    if module.has_post_expert_norm:
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: a norm behind the experts is not supported; "
+            "choose a model without"
+        )
+    back = _rows(y, _argsort(order)).reshape(-1, chosen, y.shape[-1])
+    total: torch.Tensor = (back * share[..., None]).sum(dim=1)
+    return total
 
 
 class _MarkerLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # untyped in transformers
@@ -203,9 +285,11 @@ def trace(config: transformers.PretrainedConfig) -> ir.Model:
     Raises:
         UnsupportedModelError: the modelling code takes part in none of the hooks.
     """
-    transformers.AttentionInterface.register(ATTENTION_NAME, _attention)
-    transformers.AttentionMaskInterface.register(ATTENTION_NAME, _mask)
-    config._attn_implementation = ATTENTION_NAME
+    transformers.AttentionInterface.register(IMPLEMENTATION, _attention)
+    transformers.AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts)
+    config._attn_implementation = IMPLEMENTATION
+    config._experts_implementation = IMPLEMENTATION
     config.dtype = torch.float32
     layers = config.num_hidden_layers
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -316,14 +316,15 @@ class _Tap:
 
 
 def _taps(layer: Layer) -> dict[str, _Tap]:
-    attention, gate, down = layer.attention, layer.mlp.readers[0], layer.mlp.down
+    attention, mlp = layer.attention, layer.mlps[0]  # one of the experts, read before grouping
+    gate, down = mlp.readers[0], mlp.down
     q, k, v, o = attention.q, attention.k, attention.v, attention.o
     new_key, new_value = attention.key_append.inputs[1], attention.value_append.inputs[1]
     return {
         "qkv": _Tap(q.x, q.in_features, q.in_features),
         "o_proj": _Tap(o.x, o.in_features, o.in_features),
-        "gate_up": _Tap(gate.x, gate.in_features, gate.in_features),
-        "down_proj": _Tap(down.x, down.in_features, down.in_features),
+        "gate_up": _Tap(gate.source, gate.in_features, gate.in_features),
+        "down_proj": _Tap(down.source, down.in_features, down.in_features),
         "keys": _Tap(new_key, k.out_features, attention.head_dim),
         "values": _Tap(new_value, v.out_features, attention.head_dim),
     }
@@ -338,7 +339,12 @@ def _expose(model: ir.Model, taps: list[dict[str, _Tap]]) -> None:
 
 
 def _by_token(value: NDArray[Any]) -> Float32:
-    """[1, tokens, channels] or [1, heads, tokens, head_dim] as [tokens, channels]."""
+    """[1, tokens, channels] or [1, heads, tokens, head_dim] as [tokens, channels].
+
+    Rows of experts are [rows, channels] already, a token's as often as it visits experts.
+    """
+    if value.ndim == 2:
+        return np.asarray(value, np.float32)
     first = value[0] if value.ndim == 3 else value[0].swapaxes(0, 1)
     flat: Float32 = first.reshape(len(first), -1)
     return flat

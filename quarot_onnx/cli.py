@@ -206,6 +206,65 @@ def _bisect(artifact: Path, reference: Path | None, as_json: bool, save_json: Pa
     found.require_followed(artifact)
 
 
+@app.command()
+def build(
+    artifact: Artifact,
+    engine_dir: Annotated[Path, typer.Argument(help="Where the engine goes; created.")],
+    onnx_only: Annotated[
+        bool, typer.Option("--onnx-only", help="Lower and lint the graph; build no engine.")
+    ] = False,
+    max_batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    max_input_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of one step; 512 at most by default.")
+    ] = None,
+    max_seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a row: the cache.")] = 2048,
+    tensorrt_version: Annotated[
+        str | None,
+        typer.Option(help="With --onnx-only: the TensorRT to lower for, such as 10.13."),
+    ] = None,
+    activation_layout: Annotated[
+        Literal["packed", "split"],
+        typer.Option(help="Of codes between plugins; split is for compute capability 9.0."),
+    ] = "packed",
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="Read and written: what earlier builds measured.")
+    ] = None,
+    workspace_mb: Annotated[int | None, typer.Option(min=1, help="Scratch memory.")] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="TensorRT's builder level.")
+    ] = None,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="Keep weights in host memory.")
+    ] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Later minor releases can run it.")
+    ] = False,
+    refit: Annotated[bool, typer.Option("--refit", help="Weights can be replaced.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing directory.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Lower an artifact for TensorRT, lint it, and build its engine."""
+    from quarot_onnx.export.tensorrt import engine  # noqa: PLC0415
+
+    limits = engine.Limits(max_batch, max_input_len or min(512, max_seq_len), max_seq_len)
+    options = engine.BuildOptions(
+        onnx_only=onnx_only,
+        tensorrt_version=tensorrt_version,
+        activation_layout=activation_layout,
+        timing_cache=timing_cache,
+        workspace_mb=workspace_mb,
+        optimization_level=optimization_level,
+        weight_streaming=weight_streaming,
+        version_compatible=version_compatible,
+        refit=refit,
+    )
+    with _progress("writing weights") as progress:
+        manifest = engine.build(
+            artifact, engine_dir, limits, options, force=force, progress=progress
+        )
+    _emit(manifest, as_json, lambda: tables.show_build(engine_dir, manifest))
+
+
 @app.command(name="eval")
 def evaluate(
     artifact: Artifact,

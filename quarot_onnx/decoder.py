@@ -8,301 +8,46 @@ that is added to it, or a number that it is multiplied by. Whatever else is foun
 name, because a residual stream that is rotated in part is a wrong model that still talks.
 
 Halves of a layer may follow each other or run side by side: attention and feed-forward are told
-apart, and paired, by what their inputs are computed from.
+apart, and paired, by what their inputs are computed from. In a mixture of experts tokens are
+gathered, grouped and weighted on their way to and from the experts. All of it treats the features
+of a token alike, so that a rotation passes through; what decides on the way is a *router*.
 
 A handle reads its node live, so it stays true while passes rewrite the graph around it.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from quarot_onnx.errors import UnsupportedModelError
-from quarot_onnx.weights import ArraySource, Weight
+from quarot_onnx.handles import (
+    Attention,
+    Layer,
+    Linear,
+    Mlp,
+    Norm,
+    PostNorm,
+    Writer,
+    is_grouping,
+    producer_of,
+    weight_of,
+)
+from quarot_onnx.weights import Weight
+
+__all__ = [
+    "Attention",
+    "Decoder",
+    "Layer",
+    "Linear",
+    "Mlp",
+    "Norm",
+    "PostNorm",
+    "Writer",
+    "weight_of",
+]
 
 _SHAPE_OPS = frozenset({"Reshape", "Transpose", "Cast"})
-
-
-def _producer(value: ir.Value | None) -> ir.Node | None:
-    return value.producer() if value is not None else None
-
-
-def weight_of(value: ir.Value | None) -> Weight | None:
-    """The lazy weight behind an initializer, if it is one."""
-    held = value.const_value if value is not None else None
-    return held if isinstance(held, Weight) else None
-
-
-@dataclass(eq=False)
-class Linear:
-    """``y = x @ W (+ bias)``: a MatMul whose weight is an unshared initializer.
-
-    Constructing one is the proof; `weight` is [in_features, out_features]. Passes that quantize it
-    put another node in its place with `replace`; the handle, its weight and its sizes stay.
-
-    Raises:
-        UnsupportedModelError: the weight is not an initializer, or another node reads it too.
-    """
-
-    node: ir.Node
-    weight: Weight = field(init=False)
-    _bias_node: ir.Node | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        value = self.node.inputs[1] if len(self.node.inputs) > 1 else None
-        if value is None or weight_of(value) is None:
-            raise UnsupportedModelError(
-                f"{self.node.name}: its weight is not an initializer of its own; "
-                "tied embeddings are untied by UntieEmbeddingsPass"
-            )
-        if len(value.uses()) != 1:
-            readers = ", ".join(user.name or "?" for user, _ in value.uses())
-            raise UnsupportedModelError(
-                f"{self.node.name}: weight {value.name} is read by {readers}; it must be unshared"
-            )
-        weight = weight_of(value)
-        assert weight is not None
-        self.weight = weight
-        self._bias_node = self._find_bias()
-
-    @property
-    def name(self) -> str:
-        """The node's name, which is the module path."""
-        return self.node.name or ""
-
-    @property
-    def module(self) -> str:
-        """The name without the operator: ``/model/layers.0/mlp/down_proj``."""
-        return self.name.rpartition("/")[0]
-
-    @property
-    def x(self) -> ir.Value:
-        """The input activation, [..., in_features]."""
-        value = self.node.inputs[0]
-        assert value is not None
-        return value
-
-    @property
-    def weight_value(self) -> ir.Value:
-        """The initializer."""
-        value = self.node.inputs[1]
-        assert value is not None
-        return value
-
-    @property
-    def in_features(self) -> int:
-        """Rows of the weight."""
-        return self.weight.sizes[0]
-
-    @property
-    def out_features(self) -> int:
-        """Columns of the weight."""
-        return self.weight.sizes[1]
-
-    def _find_bias(self) -> ir.Node | None:
-        uses = self.node.outputs[0].uses()
-        if len(uses) != 1:
-            return None
-        node = next(iter(uses))[0]
-        if node.op_type == "Add" and any(weight_of(v) is not None for v in node.inputs):
-            return node
-        return None
-
-    @property
-    def bias(self) -> Weight | None:
-        """The bias [out_features], where there is one."""
-        if self._bias_node is None:
-            return None
-        return next(w for v in self._bias_node.inputs if (w := weight_of(v)) is not None)
-
-    @property
-    def output(self) -> ir.Value:
-        """The output with the bias added."""
-        return (self._bias_node or self.node).outputs[0]
-
-    def add_bias(self, graph: ir.Graph) -> Weight:
-        """The bias, which from now on exists: zeros [out_features] where there was none."""
-        if self.bias is not None:
-            return self.bias
-        name = f"{self.weight.name.removesuffix('.weight')}.bias"
-        weight = Weight(name, ArraySource(np.zeros(self.out_features)), self.weight.dtype)
-        value = ir.Value(
-            name=name, type=ir.TensorType(weight.dtype), shape=ir.Shape([self.out_features])
-        )
-        value.const_value = weight
-        graph.initializers[name] = value
-        product = self.node.outputs[0]
-        node = ir.node("Add", [product, value], name=f"{self.module}/Add")
-        result = node.outputs[0]
-        result.type, result.shape, result.name = (
-            product.type,
-            product.shape,
-            f"{node.name}_output_0",
-        )
-        if product.is_graph_output():
-            product.name, result.name = f"{self.name}_output_0", product.name
-        product.replace_all_uses_with(result, replace_graph_outputs=True)
-        node.replace_input_with(0, product)
-        graph.insert_after(self.node, node)
-        self._bias_node = node
-        return weight
-
-    def replace(self, graph: ir.Graph, node: ir.Node) -> None:
-        """Let `node`, which computes the same product, take this linear's place in `graph`."""
-        old, new = self.node.outputs[0], node.outputs[0]
-        new.type, new.shape = old.type, old.shape
-        graph.insert_before(self.node, node)
-        old.replace_all_uses_with(new)
-        graph.remove(self.node, safe=True)
-        self.node = node
-
-
-@dataclass(eq=False)
-class Norm:
-    """A norm of the residual stream and the linears that read it.
-
-    Attributes:
-        node: an ``RMSNormalization``, or a ``LayerNormalization`` until its mean is folded.
-        readers: every consumer of its output.
-    """
-
-    node: ir.Node
-    readers: tuple[Linear, ...]
-
-    @property
-    def name(self) -> str:
-        """The node's name."""
-        return self.node.name or ""
-
-    @property
-    def scale(self) -> Weight:
-        """The norm scale, gamma [hidden_size]."""
-        weight = weight_of(self.node.inputs[1])
-        assert weight is not None
-        return weight
-
-    @property
-    def is_layer_norm(self) -> bool:
-        """Whether it subtracts the mean."""
-        return self.node.op_type == "LayerNormalization"
-
-    @property
-    def shift(self) -> Weight | None:
-        """The bias of a LayerNorm, beta [hidden_size], where there is one."""
-        inputs = self.node.inputs
-        return weight_of(inputs[2]) if self.is_layer_norm and len(inputs) > 2 else None
-
-    def drop_mean(self, graph: ir.Graph) -> None:
-        """Put an ``RMSNormalization`` with the same scale and epsilon in a LayerNorm's place."""
-        old, name = self.node, self.name.replace("LayerNormalization", "RMSNormalization")
-        epsilon = old.attributes.get_float("epsilon", 1e-5)
-        node = ir.node(
-            "RMSNormalization", old.inputs[:2], {"axis": -1, "epsilon": epsilon}, name=name
-        )
-        result = node.outputs[0]
-        result.name = f"{name}_output_0"
-        result.type, result.shape = old.outputs[0].type, old.outputs[0].shape
-        graph.insert_before(old, node)
-        old.outputs[0].replace_all_uses_with(result)
-        shift = old.inputs[2] if len(old.inputs) > 2 else None
-        graph.remove(old, safe=True)
-        if shift is not None and not shift.uses():
-            graph.initializers.pop(shift.name or "")
-        self.node = node
-
-
-@dataclass(frozen=True, eq=False)
-class PostNorm:
-    """A norm between a writer and the residual stream, whose scale nothing can take over.
-
-    Attributes:
-        node: the ``RMSNormalization``.
-        addition: the ``Add`` into the stream that reads it.
-    """
-
-    node: ir.Node
-    addition: ir.Node
-
-    @property
-    def name(self) -> str:
-        """The node's name."""
-        return self.node.name or ""
-
-    @property
-    def module(self) -> str:
-        """The name without the operator."""
-        return self.name.rpartition("/")[0]
-
-    @property
-    def scale(self) -> Weight:
-        """Its scale, gamma [hidden_size]."""
-        weight = weight_of(self.node.inputs[1])
-        assert weight is not None
-        return weight
-
-
-@dataclass(frozen=True, eq=False)
-class Writer:
-    """A linear whose output is added to the residual stream.
-
-    Attributes:
-        linear: the linear.
-        post_norm: what its output goes through on the way; None is an addition as it is.
-    """
-
-    linear: Linear
-    post_norm: PostNorm | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Attention:
-    """Attention of one layer: the nodes between the q/k/v linears and o_proj.
-
-    Attributes:
-        node: the ``Attention`` operator; inputs q [B, Hq, S, D], k and v [B, Hkv, T, D], mask.
-        key_append: ``Concat(past, new)`` of the key cache.
-        value_append: the same of the value cache.
-        q, k, v, o: the linears.
-        num_heads: query heads.
-        num_kv_heads: cache heads.
-        head_dim: features of a head.
-    """
-
-    node: ir.Node
-    key_append: ir.Node
-    value_append: ir.Node
-    q: Linear
-    k: Linear
-    v: Linear
-    o: Linear
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-
-@dataclass(frozen=True, eq=False)
-class Mlp:
-    """The feed-forward half of one layer: readers (gate, up) and the writer (down)."""
-
-    readers: tuple[Linear, ...]
-    down: Linear
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """One decoder layer."""
-
-    index: int
-    attention: Attention
-    mlp: Mlp
-
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        """Every linear, in the order of computation."""
-        a = self.attention
-        return (a.q, a.k, a.v, a.o, *self.mlp.readers, self.mlp.down)
 
 
 @dataclass(frozen=True, eq=False)
@@ -374,7 +119,7 @@ class Decoder:
                 f"{final.name}: {len(final.readers)} linears read the final norm, expected the head"
             )
         layers = tuple(_layers(model, stream))
-        located = {linear.node for layer in layers for linear in layer.linears}
+        located = {linear.node for layer in layers for linear in (*layer.linears, *layer.routers)}
         stray = [
             node.name
             for node in model.graph
@@ -425,10 +170,27 @@ def _is_multiplication(node: ir.Node, state: ir.Value) -> bool:
 
 
 @dataclass(frozen=True)
+class _Addition:
+    """What one addition puts into the stream.
+
+    Attributes:
+        writers: in the order of their terms.
+        deciding: values on which the way of the terms depends: row numbers, weights of tokens.
+    """
+
+    writers: list[Writer]
+    deciding: list[ir.Value]
+
+
+@dataclass(frozen=True)
 class _ResidualStream:
     embeddings: list[ir.Node]
     norms: list[Norm]
-    writers: list[Writer]
+    additions: list[_Addition]
+
+    @property
+    def writers(self) -> list[Writer]:
+        return [writer for addition in self.additions for writer in addition.writers]
 
     @classmethod
     def follow(cls, start: ir.Node) -> "_ResidualStream":
@@ -450,6 +212,7 @@ class _ResidualStream:
             if _is_norm(node) and position == 0:
                 self.norms.append(Norm(node, tuple(_readers(node.outputs[0]))))
             elif node.op_type == "Add":
+                self.additions.append(_Addition([], []))
                 self._write(node, 1 - position)
                 following.append(node.outputs[0])
             elif _is_multiplication(node, state):
@@ -469,8 +232,8 @@ class _ResidualStream:
     def _write(self, addition: ir.Node, position: int) -> None:
         """Classify input `position` of `addition`, which is added to the stream."""
         value = addition.inputs[position]
-        node = _producer(value)
-        if value is None or node is None or value is addition.inputs[1 - position]:
+        node = producer_of(value)
+        if value is None or node is None or addition.inputs.count(value) != 1:
             raise UnsupportedModelError(_not_a_writer(addition))
         if len(value.uses()) != 1:
             raise UnsupportedModelError(
@@ -484,9 +247,14 @@ class _ResidualStream:
                 self._write(node, inner)
         elif node.op_type == "RMSNormalization" and _is_norm(node):
             linear = _written(node.inputs[0], node)
-            self.writers.append(Writer(linear, PostNorm(node, addition)))
+            self.additions[-1].writers.append(Writer(linear, PostNorm(node, addition)))
+        elif terms := _featurewise_inputs(node):
+            others = [v for i, v in enumerate(node.inputs) if v is not None and i not in terms]
+            self.additions[-1].deciding.extend(others)
+            for term in terms:
+                self._write(node, term)
         else:
-            self.writers.append(Writer(_written(value, addition)))
+            self.additions[-1].writers.append(Writer(_written(value, addition)))
 
 
 def _not_a_writer(where: ir.Node) -> str:
@@ -496,8 +264,42 @@ def _not_a_writer(where: ir.Node) -> str:
     )
 
 
+def _moves_tokens(node: ir.Node, position: int) -> bool:
+    """Whether every row of the outputs is a row of input `position`, its features untouched."""
+    x, y = node.inputs[0], node.outputs[0]
+    if position or x is None or x.shape is None:
+        return False
+    if node.op_type == "Reshape":
+        return y.shape is not None and isinstance(y.shape[-1], int) and x.shape[-1] == y.shape[-1]
+    is_gather = node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0
+    return len(x.shape) > 1 and (is_gather or is_grouping(node))
+
+
+def _featurewise_inputs(node: ir.Node) -> list[int]:
+    """The inputs whose tokens `node` moves, joins, weights or adds up; all features alike."""
+    inputs, result = node.inputs, node.outputs[0].shape
+    if _moves_tokens(node, 0):
+        return [0]
+    if result is None or len(result) < 2:
+        return []
+    if node.op_type == "Concat" and node.attributes["axis"].as_int() == 0:
+        return list(range(len(inputs)))
+    if node.op_type == "Mul":
+        widths = [v.shape[-1] if v is not None and v.shape else None for v in inputs]
+        return [1 - widths.index(1)] if widths.count(1) == 1 and result[-1] != 1 else []
+    if node.op_type == "ReduceSum" and inputs[0] is not None and inputs[0].shape is not None:
+        held = inputs[1].const_value if len(inputs) > 1 and inputs[1] is not None else None
+        last = {-1, len(inputs[0].shape) - 1}
+        return [0] if held is not None and last.isdisjoint(held.numpy().ravel().tolist()) else []
+    return []
+
+
 def _readers(value: ir.Value) -> Iterator[Linear]:
     for node, position in value.uses():
+        if _moves_tokens(node, position):
+            for output in node.outputs:
+                yield from _readers(output)
+            continue
         if node.op_type != "MatMul" or position != 0:
             raise UnsupportedModelError(
                 f"{node.name}: a {node.op_type} reads the output of a norm, which only linears "
@@ -508,14 +310,14 @@ def _readers(value: ir.Value) -> Iterator[Linear]:
 
 def _written(value: ir.Value | None, where: ir.Node) -> Linear:
     """The linear whose output, with its bias, is `value`, which `where` alone reads."""
-    node = _producer(value)
+    node = producer_of(value)
     if value is not None and len(value.uses()) != 1:
         raise UnsupportedModelError(
             f"{where.name}: what is added to the residual stream is read elsewhere too; "
             "this architecture is not supported"
         )
     if node is not None and node.op_type == "Add" and any(weight_of(v) for v in node.inputs):
-        node = next((p for v in node.inputs if (p := _producer(v)) is not None), None)
+        node = next((p for v in node.inputs if (p := producer_of(v)) is not None), None)
     if node is None or node.op_type != "MatMul":
         raise UnsupportedModelError(_not_a_writer(where))
     return Linear(node)
@@ -528,8 +330,12 @@ def _layers(model: ir.Model, stream: _ResidualStream) -> Iterator[Layer]:
     writers = {writer.linear.node: writer.linear for writer in stream.writers}
     attentions = [_attention(node, readers, writers) for node in nodes]
     outputs = {attention.o.node for attention in attentions}
-    downs = [linear for node, linear in writers.items() if node not in outputs]
-    if len(downs) != len(attentions) or len(writers) != 2 * len(attentions):
+    halves = [
+        (downs, addition.deciding)
+        for addition in stream.additions
+        if (downs := [w.linear for w in addition.writers if w.linear.node not in outputs])
+    ]
+    if len(halves) != len(attentions) or len(outputs) != len(attentions):
         raise UnsupportedModelError(
             f"graph: {len(attentions)} attentions and {len(writers)} writers of the residual "
             "stream; expected an attention's and a feed-forward's per layer"
@@ -538,17 +344,16 @@ def _layers(model: ir.Model, stream: _ResidualStream) -> Iterator[Layer]:
     for attention in attentions:
         for linear in (attention.q, attention.k, attention.v):
             unused.pop(linear.node, None)
-    for index, (attention, down) in enumerate(zip(attentions, downs, strict=True)):
-        found = _upstream(down.x, readers)
-        mlp = tuple(readers[node] for node in readers if node in found and node in unused)
-        if not mlp or len(mlp) != len(found):
-            raise UnsupportedModelError(
-                f"{down.name}: its input does not come from linears over a norm alone; "
-                "this architecture is not supported"
-            )
-        for linear in mlp:
+    for index, (attention, (downs, deciding)) in enumerate(zip(attentions, halves, strict=True)):
+        mlps = [Mlp(_mlp_readers(down, readers, unused), down) for down in downs]
+        for mlp in mlps:
+            for linear in mlp.readers:
+                unused.pop(linear.node)
+        found = _upstream(deciding, readers)
+        routers = tuple(readers[node] for node in readers if node in found and node in unused)
+        for linear in routers:
             unused.pop(linear.node)
-        yield Layer(index, attention, Mlp(mlp, down))
+        yield Layer(index, attention, tuple(mlps), routers)
     if unused:
         raise UnsupportedModelError(
             f"{next(iter(unused)).name}: reads the residual stream and no writer depends on it; "
@@ -556,10 +361,23 @@ def _layers(model: ir.Model, stream: _ResidualStream) -> Iterator[Layer]:
         )
 
 
-def _upstream(value: ir.Value, readers: dict[ir.Node, Linear]) -> set[ir.Node]:
-    """The readers from which `value` is computed without another one in between."""
+def _mlp_readers(
+    down: Linear, readers: dict[ir.Node, Linear], unused: Container[ir.Node]
+) -> tuple[Linear, ...]:
+    """The readers from which the input of `down` is computed."""
+    found = _features_upstream(down.x, readers)
+    if not found or not all(node in unused for node in found):
+        raise UnsupportedModelError(
+            f"{down.name}: its input does not come from linears over a norm alone; "
+            "this architecture is not supported"
+        )
+    return tuple(readers[node] for node in readers if node in found)
+
+
+def _upstream(values: Sequence[ir.Value], readers: dict[ir.Node, Linear]) -> set[ir.Node]:
+    """The readers from which `values` are computed without another one in between."""
     found: set[ir.Node] = set()
-    pending, seen = [value.producer()], set()
+    pending, seen = [value.producer() for value in values], set()
     while pending:
         node = pending.pop()
         if node is None or node in seen:
@@ -568,14 +386,41 @@ def _upstream(value: ir.Value, readers: dict[ir.Node, Linear]) -> set[ir.Node]:
         if node in readers:
             found.add(node)
         else:
-            pending.extend(_producer(v) for v in node.inputs)
+            pending.extend(producer_of(v) for v in node.inputs)
+    return found
+
+
+def _features_upstream(value: ir.Value, readers: dict[ir.Node, Linear]) -> set[ir.Node]:
+    """The readers that compute the features of `value`; of an expert's rows, this expert's.
+
+    Rows that were joined (``Concat``) and grouped again (``Split``) are followed back to the input
+    with the number of the output; what decides the grouping is not followed.
+    """
+    found: set[ir.Node] = set()
+    pending: list[tuple[ir.Value | None, int | None]] = [(value, None)]
+    seen = set()
+    while pending:
+        current, expert = pending.pop()
+        node = producer_of(current)
+        if node is None or current is None or (node, expert) in seen:
+            continue
+        seen.add((node, expert))
+        if node in readers:
+            found.add(node)
+        elif is_grouping(node):
+            pending.append((node.inputs[0], current.index()))
+        elif expert is not None and node.op_type == "Concat":
+            joined = node.attributes["axis"].as_int() == 0 and expert < len(node.inputs)
+            pending.extend([(node.inputs[expert], None)] if joined else [])
+        else:
+            pending.extend((v, expert) for v in node.inputs)
     return found
 
 
 def _attention(
     node: ir.Node, readers: dict[ir.Node, Linear], writers: dict[ir.Node, Linear]
 ) -> Attention:
-    key_append, value_append = _producer(node.inputs[1]), _producer(node.inputs[2])
+    key_append, value_append = producer_of(node.inputs[1]), producer_of(node.inputs[2])
     if key_append is None or value_append is None or key_append.op_type != "Concat":
         raise UnsupportedModelError(f"{node.name}: its keys do not come from a cache")
     shape = key_append.inputs[0].shape if key_append.inputs[0] is not None else None
@@ -606,7 +451,7 @@ def _upstream_linear(
 ) -> Linear:
     """The one linear behind `allowed` operators; a value path has reshapes and a bias only."""
     found: set[ir.Node] = set()
-    pending, seen = [_producer(value)], set()
+    pending, seen = [producer_of(value)], set()
     while pending:
         node = pending.pop()
         if node is None or node in seen:
@@ -615,7 +460,7 @@ def _upstream_linear(
         if node in linears:
             found.add(node)
         elif node.op_type in allowed:
-            pending.extend(_producer(v) for v in node.inputs)
+            pending.extend(producer_of(v) for v in node.inputs)
     if len(found) != 1:
         raise UnsupportedModelError(
             f"{where.name}: an input does not come from a linear over a norm; "

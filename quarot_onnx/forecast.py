@@ -4,7 +4,8 @@
 Nothing is traced and no weight is read, so the answer comes at once, on a machine without torch.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quarot_onnx.export.architectures import Dimensions, check_config, dimensions
@@ -84,24 +85,22 @@ def forecast(checkpoint: Checkpoint, recipe: Recipe, dtype: str) -> Forecast:
     check_config(checkpoint.directory / "config.json", config)
     sizes = dimensions(config)
     layers = sizes.num_layers
-    matrices = [
-        entry.shape
-        for name, entry in checkpoint.tensors.items()
-        if ".layers." in name and len(entry.shape) == 2
-    ]
+    matrices = list(_linears(checkpoint, sizes))
     linear_count = sum(rows * columns for rows, columns in matrices)
-    vectors = sum(entry.shape[0] for entry in checkpoint.tensors.values() if len(entry.shape) == 1)
+    parameters = sum(_count(entry.shape) for entry in checkpoint.tensors.values())
     embedding = sizes.vocabulary_size * sizes.hidden_size
+    routers = sum(_count(shape) for shape in _routers(checkpoint, sizes))
+    vectors = sum(entry.shape[0] for entry in checkpoint.tensors.values() if len(entry.shape) == 1)
     return Forecast(
         model_type=config["model_type"],
         recipe=recipe.name,
         dtype=dtype,
         layers=layers,
-        parameters=sum(_count(entry.shape) for entry in checkpoint.tensors.values()),
+        parameters=parameters,
         sites=tuple(_sites(recipe, sizes)),
         weight_bytes=_stored(linear_count, recipe.weights.bits, dtype)
         + (4 * sum(rows for rows, _ in matrices) if recipe.weights.bits < 16 else 0),
-        float_bytes=(2 * embedding + vectors) * FLOAT_BYTES[dtype],
+        float_bytes=(2 * embedding + vectors + routers) * FLOAT_BYTES[dtype],
         cache_bytes_per_token=2
         * layers
         * sizes.num_kv_heads
@@ -109,6 +108,27 @@ def forecast(checkpoint: Checkpoint, recipe: Recipe, dtype: str) -> Forecast:
         float_cache_bytes_per_token=2 * layers * sizes.num_kv_heads * sizes.head_dim * 4,
         peak_memory_bytes=_RUNTIME_BYTES + 24 * max((_count(m) for m in matrices), default=0),
     )
+
+
+def _matrices(checkpoint: Checkpoint) -> Iterator[tuple[int, int]]:
+    """[out, in] of every matrix of a layer; of stacks, of each expert."""
+    for name, entry in checkpoint.tensors.items():
+        if ".layers." in name and len(entry.shape) in (2, 3):
+            *stack, rows, columns = entry.shape
+            yield from [(rows, columns)] * _count(tuple(stack))
+
+
+def _is_router(shape: tuple[int, int], sizes: Dimensions) -> bool:
+    """Whether a matrix says which experts a token visits, or what the shared one counts."""
+    return bool(sizes.num_experts) and shape[0] in (1, sizes.num_experts)
+
+
+def _linears(checkpoint: Checkpoint, sizes: Dimensions) -> Iterator[tuple[int, int]]:
+    yield from (shape for shape in _matrices(checkpoint) if not _is_router(shape, sizes))
+
+
+def _routers(checkpoint: Checkpoint, sizes: Dimensions) -> Iterator[tuple[int, int]]:
+    yield from (shape for shape in _matrices(checkpoint) if _is_router(shape, sizes))
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -133,13 +153,10 @@ def _cache_bytes(recipe: Recipe, head_dim: int, dtype: str) -> int:
 
 def _sites(recipe: Recipe, sizes: Dimensions) -> list[Site]:
     rotations = recipe.rotations
-    hidden, heads, head_dim = sizes.hidden_size, sizes.num_heads, sizes.head_dim
+    heads, head_dim = sizes.num_heads, sizes.head_dim
     sites = []
     if rotations.r1 != "none":
-        r1 = Rotation(rotations.r1, hidden, recipe.seed, "R1")
-        sites.append(
-            Site("R1", "residual stream", hidden, r1.describe(), "offline", 0, hidden**0.5)
-        )
+        sites.append(_residual_site(recipe, sizes))
     if rotations.r2:
         sites.append(_site("R2", "values, per head", plan(head_dim), online=False))
     if rotations.heads:
@@ -148,8 +165,33 @@ def _sites(recipe: Recipe, sizes: Dimensions) -> list[Site]:
     if rotations.r3:
         sites.append(_site("R3", "queries and keys, per head", plan(head_dim), times=2 * heads))
     if rotations.r4:
-        sites.append(_site("R4", "down_proj input", plan(sizes.intermediate_size)))
+        for network in sizes.feed_forwards:
+            where = f"{network.name} input"
+            sites.append(_site("R4", where, plan(network.size), times=network.visits))
     return sites
+
+
+def _residual_site(recipe: Recipe, sizes: Dimensions) -> Site:
+    """R1: offline, but for models with post-norms, behind each of which it runs online."""
+    form = recipe.rotations
+    assert form.r1 != "none"
+    hidden, where = sizes.hidden_size, "residual stream"
+    rotation = Rotation(form.r1, hidden, recipe.seed, "R1")
+    site = Site("R1", where, hidden, rotation.describe(), "offline", 0, hidden**0.5)
+    if not sizes.post_norms:
+        return site
+    if form.post_norm == "skip_r1":
+        reason = "post-norms keep their scale, and rotations.post_norm = skip_r1"
+        return replace(site, runs="skipped", suppression=1.0, reason=reason)
+    if rotation.plan is None:
+        reason = "post-norms keep their scale, and the matrix has no fast form to run behind them"
+        return replace(site, runs="skipped", suppression=1.0, reason=reason)
+    return replace(
+        site,
+        runs="online",
+        cost=sizes.post_norms * rotation.plan.cost,
+        reason=f"online behind {sizes.post_norms} post-norms a layer, offline elsewhere",
+    )
 
 
 def _site(name: str, where: str, found: Plan, *, times: int = 1, online: bool = True) -> Site:

@@ -135,18 +135,27 @@ def _linear(node: ir.Node) -> LinearRow | None:
 
 
 def _activation_bits(node: ir.Node) -> int:
-    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+    producer = _computed_by(node.inputs[0])
     if node.op_type in _GEMMS and producer is not None:
         return int(producer.attributes["bits"].as_int())
     x = node.inputs[0]
     return _BITS.get(x.dtype, 32) if x is not None and x.dtype is not None else 32
 
 
+def _computed_by(value: ir.Value | None) -> ir.Node | None:
+    """The node that computes `value`, looking through what copies and groups rows for experts."""
+    producer = value.producer() if value is not None else None
+    while producer is not None and producer.op_type in ("Split", "Gather"):
+        source = producer.inputs[0]
+        producer = source.producer() if source is not None else None
+    return producer
+
+
 def _rotation(node: ir.Node) -> str:
     """The Hadamard in front of a linear, looking through its quantization."""
     value = node.inputs[0]
     for _ in range(2):
-        producer = value.producer() if value is not None else None
+        producer = _computed_by(value)
         if producer is None or producer.domain != DOMAIN:
             return ""
         if producer.op_type.startswith("Hadamard"):

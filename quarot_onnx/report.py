@@ -75,7 +75,7 @@ class ModelFacts:
             architecture=config["model_type"],
             layers=sizes.num_layers,
             hidden_size=sizes.hidden_size,
-            intermediate_size=sizes.intermediate_size,
+            intermediate_size=sizes.feed_forwards[0].size,
             num_heads=sizes.num_heads,
             num_kv_heads=sizes.num_kv_heads,
             head_dim=sizes.head_dim,

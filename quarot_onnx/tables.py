@@ -4,6 +4,7 @@
 Every function takes what ``--json`` would print. Rich is imported when something is printed.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,34 @@ def show_manifest(out_dir: Path, manifest: dict[str, Any]) -> None:
     size = sum((out_dir / name).stat().st_size for name in manifest["files"])
     print(f"wrote {out_dir}: {_size(size)}")
     print(f"next: quarot-onnx validate {out_dir} --reference MODEL_DIR")
+
+
+def show_build(engine_dir: Path, manifest: dict[str, Any]) -> None:
+    """What `build` wrote, and the same build by trtexec."""
+    built = manifest["tensorrt"]
+    plugins, engine = built["plugins"], built["engine"]
+    limits = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in built["limits"].items())
+    rows = [
+        ["TensorRT", built["version"] if engine is None else engine["tensorrt"]],
+        ["limits", limits],
+        [
+            "lint",
+            "no problem found"
+            if plugins is not None
+            else "no problem found; creators not checked: no plugin library, run make plugins",
+        ],
+        ["plugins", "-" if plugins is None else f"{plugins['file']} {plugins['sha256'][:12]}"],
+        [
+            "engine",
+            "none: --onnx-only"
+            if engine is None
+            else f"model.plan, {engine['plugin_layers']} plugin layers, "
+            f"{(engine['gpu'] or {}).get('name', 'unknown GPU')}",
+        ],
+    ]
+    _table(f"Built {engine_dir}", ["what", "found"], rows)
+    print("the same build by trtexec, in that directory:\n")
+    print((engine_dir / "trtexec.sh").read_text(encoding="utf-8").split("\n", 1)[1])
 
 
 def show_verdict(content: dict[str, Any]) -> None:
@@ -234,7 +263,7 @@ def show_inspection(found: dict[str, Any], *, all_layers: bool) -> None:
         ],
         numeric=2,
     )
-    shown = [row for row in found["linears"] if all_layers or row["layer"] in (None, 0)]
+    shown = _one_expert([r for r in found["linears"] if all_layers or r["layer"] in (None, 0)])
     _table(
         "Linears" if all_layers else f"Linears of layer 0 (of {found['layers']}) and the head",
         ["layer", "linear", "rotated by", "shape", "W", "A", "size"],
@@ -255,6 +284,20 @@ def show_inspection(found: dict[str, Any], *, all_layers: bool) -> None:
     _table("Cache of layer 0", ["input", "dtype", "shape"], [list(row) for row in found["cache"]])
     counts = ", ".join(f"{count} {name}" for name, count in found["operators"].items())
     print(f"quarot operators: {counts or 'none'}")
+
+
+def _one_expert(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` with one row in place of those of all experts of a layer."""
+    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        name = re.sub(r"\.experts\.\d+\.", ".experts.*.", row["name"])
+        first = merged.setdefault((row["layer"], name), {**row, "name": name, "bytes": 0, "of": 0})
+        first["bytes"] += row["bytes"]
+        first["of"] += 1
+    for row in merged.values():
+        if row["of"] > 1:
+            row["name"] += f" ({row['of']})"
+    return list(merged.values())
 
 
 def _size(count: float) -> str:

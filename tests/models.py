@@ -52,8 +52,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "use_parallel_residual": False,
     },
+    # A step of two tokens reaches fewer experts than there are: some get no token.
+    "mixtral": {
+        "config": transformers.MixtralConfig,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 6,
+    },
+    "qwen2-moe": {
+        "config": transformers.Qwen2MoeConfig,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 48,
+        "decoder_sparse_step": 2,
+    },
+    "qwen3-moe": {
+        "config": transformers.Qwen3MoeConfig,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "head_dim": 32,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
 }
 """Name -> configuration class and what differs from the common small shape."""
+
+EXPERT_FAMILIES = ("mixtral", "qwen2-moe", "qwen3-moe")
+"""Mixtures of experts, the second with a shared expert, the last two with dense layers too."""
 
 LLAMA_FAMILIES = ("llama", "llama-tied", "mistral-sliding", "qwen2-biases", "qwen3-head-dim")
 """Those for which the PyTorch model of an artifact's codes is written."""

@@ -127,7 +127,9 @@ def test_a_variant_of_llama_rotates_too(tmp_path: Path, traced_once: None, optio
     assert _deviation(got, _wanted(source, TOKENS)) <= 1e-5
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "gemma3", "opt", "gpt-neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", "phi3", "gemma2", "gemma3", "opt", "gpt-neox", "mixtral", "qwen2-moe"]
+)
 def test_weights_at_the_scale_of_an_initialization_rotate_too(
     tmp_path: Path, traced_once: None, family
 ) -> None:

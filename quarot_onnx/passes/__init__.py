@@ -119,7 +119,7 @@ def _online(recipe: Recipe, decoder: Decoder, given: Transforms) -> Iterator[Pas
     if downs := _each(given.down(layer) for layer in layers):
         yield InsertDownTransformPass(decoder, downs)
     elif rotations.r4:
-        yield InsertR4Pass(decoder, plan(decoder.layers[0].mlp.down.in_features))
+        yield InsertR4Pass(decoder)
 
 
 def _each(found: Iterable[_Given | None]) -> list[_Given]:

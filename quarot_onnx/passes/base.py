@@ -107,6 +107,15 @@ class Pass(ABC):
                 f"{self.name}: {later} has been applied to this model; apply {self.name}Pass before"
             )
 
+    def refuse_experts(self) -> None:
+        """Refuse a model with a mixture of experts.
+
+        Raises:
+            UnsupportedModelError: names the layer.
+        """
+        for layer in self.decoder.layers:
+            _ = layer.mlp
+
     def report(
         self,
         sites: int,

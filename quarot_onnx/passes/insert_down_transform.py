@@ -30,8 +30,9 @@ class InsertDownTransformPass(Pass):
         self.factors = factors
 
     def requires(self) -> None:
-        """The input of down_proj must still be float."""
+        """The input of down_proj must still be float, and there is one per layer."""
         self.refuse_after("QuantizeActivations")
+        self.refuse_experts()
 
     def rewrite(self) -> Report:
         """Insert one node per layer."""

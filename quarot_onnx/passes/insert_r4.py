@@ -5,13 +5,19 @@
     after:   y = (x H) @ (H.T @ W)          since H H.T = I (H need not be symmetric)
 
 The function does not change. The input of down_proj is a product of activations, which no offline
-rotation can reach; it has the largest outliers of a layer (QuaRot, section 3, stage 1a).
+rotation can reach; it has the largest outliers of a layer (QuaRot, section 3, stage 1a). The
+experts of a mixture have one size and one H: one node turns the rows of all of them before they are
+grouped, and every expert's weight takes the inverse.
 """
 
+from functools import partial
+
+import onnx_ir as ir
+
 from quarot_onnx.decoder import Decoder
-from quarot_onnx.hadamard import Plan
+from quarot_onnx.hadamard import Plan, Policy, plan
 from quarot_onnx.passes.base import Effect, Pass, Report
-from quarot_onnx.passes.online import describe, insert_hadamard
+from quarot_onnx.passes.online import describe, insert_hadamard, module_of
 
 
 class InsertR4Pass(Pass):
@@ -19,21 +25,31 @@ class InsertR4Pass(Pass):
 
     effect = Effect.EQUIVALENT
 
-    def __init__(self, decoder: Decoder, plan: Plan) -> None:
+    def __init__(self, decoder: Decoder, policy: Policy = "block") -> None:
         super().__init__(decoder)
-        self.plan = plan
+        self.downs = [mlp.down for layer in decoder.layers for mlp in layer.mlps]
+        self.plans: dict[int, Plan] = {
+            size: plan(size, policy=policy)
+            for size in dict.fromkeys(d.in_features for d in self.downs)
+        }
 
     def requires(self) -> None:
         """The input of down_proj must still be float."""
         self.refuse_after("QuantizeActivations")
 
     def rewrite(self) -> Report:
-        """Insert one node per down_proj, or none where the dimension is odd."""
-        plan = self.plan
-        downs = [layer.mlp.down for layer in self.decoder.layers]
-        if plan.kind == "none":
-            return self.report(0, skipped={plan.reason: [down.name for down in downs]})
-        for down in downs:
-            insert_hadamard(self.decoder.model, down.node, 0, plan, f"{down.module}/R4")
-            down.weight.compose(0, lambda w: plan.apply(w, axis=0))
-        return self.report(len(downs), describe(plan))
+        """Insert one node per down_proj or group of experts, none where the dimension is odd."""
+        turned: set[ir.Node] = set()
+        skipped: dict[str, list[str]] = {}
+        for down in self.downs:
+            found = self.plans[down.in_features]
+            if found.kind == "none":
+                skipped.setdefault(found.reason, []).append(down.name)
+                continue
+            place = down.grouping or down.node
+            if place not in turned:
+                insert_hadamard(self.decoder.model, place, 0, found, f"{module_of(place)}/R4")
+                turned.add(place)
+            down.weight.compose(0, partial(found.apply, axis=0))
+        used = [found for found in self.plans.values() if found.kind != "none"]
+        return self.report(len(turned), "; ".join(describe(found) for found in used), skipped)

@@ -18,6 +18,11 @@ def describe(plan: Plan) -> str:
     return text if plan.kind == "full" else f"{text} in blocks of {plan.block_size}"
 
 
+def module_of(node: ir.Node) -> str:
+    """The path of the module that `node` computes in: its name without the operator."""
+    return (node.name or "").rpartition("/")[0]
+
+
 def insert_hadamard(model: ir.Model, node: ir.Node, position: int, plan: Plan, name: str) -> None:
     """Rotate input `position` of `node` by `plan` along its last axis."""
     a, b = plan.matrices()

@@ -5,7 +5,8 @@
     after:   y = (x @ codes) * scale          codes = clip(round(W / scale))
 
 Lossy: ``|W - codes * scale| <= scale / 2`` inside the clip. The product is a ``WeightOnlyGemm``,
-exact in float32. The head and the embedding stay float (QuaRot, section 4).
+exact in float32. The head, the embedding and the routers of experts stay float (QuaRot,
+section 4): a router is small, and a token that goes to another expert is not a rounding error.
 """
 
 from functools import partial
@@ -34,7 +35,12 @@ class QuantizeWeightsPass(Pass):
         for linear in self.decoder.linears:
             self._replace(linear)
         ops.declare(self.decoder.model)
-        return self.report(len(self.decoder.linears), f"{self.bits} bits, round to nearest")
+        routers = [router.name for layer in self.decoder.layers for router in layer.routers]
+        return self.report(
+            len(self.decoder.linears),
+            f"{self.bits} bits, round to nearest",
+            {"routers stay float": routers} if routers else {},
+        )
 
     def _replace(self, linear: Linear) -> None:
         graph = self.decoder.model.graph

@@ -42,6 +42,11 @@ class SearchR1Pass(FuseR1Pass):
         """It fuses R1, however it was found."""
         return "FuseR1"
 
+    def requires(self) -> None:
+        """As R1, and every layer has one feed-forward."""
+        super().requires()
+        self.refuse_experts()
+
     def rewrite(self) -> Report:
         """Measure every candidate, then fuse the best."""
         errors = self._errors()

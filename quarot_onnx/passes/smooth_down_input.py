@@ -36,7 +36,8 @@ class SmoothDownInputPass(Pass):
         self.detail = detail
 
     def requires(self) -> None:
-        """The input of down_proj must not be transformed yet."""
+        """The input of down_proj must not be transformed yet, and there is one per layer."""
+        self.refuse_experts()
         applied = self.decoder.model.metadata_props.get(APPLIED, "").split()
         for later in ("InsertR4", "InsertDownTransform"):
             if later in applied:

@@ -100,7 +100,7 @@ def test_only_one_layer_of_each_kind_is_traced() -> None:
     reduced, kinds = shallow(_config("qwen2-biases"))
     assert reduced.num_hidden_layers == 2
     assert kinds == [0, 1, 1]
-    assert layer_kinds(_config("llama")) == ["full_attention"] * 3
+    assert layer_kinds(_config("llama")) == [("full_attention", "dense")] * 3
     assert shallow(_config("llama"))[1] == [0, 0, 0]
 
 

@@ -45,7 +45,7 @@ BUILD: dict[type[Pass], Callable[[Decoder], Pass]] = {
     ),
     package.InsertHeadsHadamardPass: lambda d: package.InsertHeadsHadamardPass(d, plan(4)),
     package.InsertR3Pass: lambda d: package.InsertR3Pass(d, plan(4)),
-    package.InsertR4Pass: lambda d: package.InsertR4Pass(d, plan(12)),
+    package.InsertR4Pass: package.InsertR4Pass,
     package.QuantizeWeightsPass: lambda d: package.QuantizeWeightsPass(d, bits=4, clip_search=True),
     package.QuantizeActivationsPass: lambda d: package.QuantizeActivationsPass(
         d, bits=4, clip_ratio=0.9, weight_bits=4
