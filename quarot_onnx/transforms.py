@@ -200,10 +200,10 @@ class Transforms:
     def _require_factors(self, layer: int, dimensions: Dimensions) -> None:
         a, b = (self._at(_MLP, layer, f"down_{side}") for side in "AB")
         sizes = [len(x) for x in (a, b) if x is not None]
-        if sizes and (len(sizes) == 1 or math.prod(sizes) != dimensions.intermediate_size):
+        if sizes and (len(sizes) == 1 or math.prod(sizes) != _intermediate_size(dimensions)):
             raise InputError(
                 f"{self.source}: layer {layer} has down_A and down_B of orders {sizes}, which do "
-                f"not make {dimensions.intermediate_size}; give both, with that product"
+                f"not make {_intermediate_size(dimensions)}; give both, with that product"
             )
 
 
@@ -212,9 +212,14 @@ def inverse(matrix: Float64) -> Float64:
     return np.linalg.inv(matrix).astype(np.float64)
 
 
+def _intermediate_size(dimensions: Dimensions) -> int:
+    """What down_proj reads; the passes refuse transforms in a mixture of experts."""
+    return dimensions.feed_forwards[0].size
+
+
 def _shapes(dimensions: Dimensions) -> dict[str, tuple[int | None, ...]]:
     """The shape of every tensor that a file may hold; None where any size is legal."""
-    n, m, d = dimensions.hidden_size, dimensions.intermediate_size, dimensions.head_dim
+    n, m, d = dimensions.hidden_size, _intermediate_size(dimensions), dimensions.head_dim
     heads, cache = dimensions.num_heads, dimensions.num_kv_heads
     shapes: dict[str, tuple[int | None, ...]] = {"R1": (n, n)}
     for layer in range(dimensions.num_layers):

@@ -9,14 +9,16 @@ import pytest
 from safetensors.numpy import save_file
 
 from quarot_onnx.errors import InputError
-from quarot_onnx.export.architectures import Dimensions
+from quarot_onnx.export.architectures import Dimensions, FeedForward
 from quarot_onnx.hadamard import random_orthogonal
 from quarot_onnx.transforms import Transforms
 from tests.small_decoder import invertible
 
 SIZES = Dimensions(
     hidden_size=8,
-    intermediate_size=12,
+    feed_forwards=(FeedForward("down_proj", 12),),
+    num_experts=0,
+    post_norms=0,
     num_layers=2,
     num_heads=4,
     num_kv_heads=2,
