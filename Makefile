@@ -17,7 +17,7 @@ setup: .venv/.ready ## Make .venv with the pinned versions (CPU)
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[cpu,data,report,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[cpu,data,eval,report,dev]"
 	@touch $@
 
 .venv/tensorrt/lean-%: tests/plugins/runtimes/lean-%.txt .venv/.ready

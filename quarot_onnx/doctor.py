@@ -65,7 +65,11 @@ def diagnose() -> list[Finding]:
     for package in ("jinja2", "matplotlib"):
         version = _version(package)
         remedy = "" if version else 'pip install "quarot-onnx[report]"'
-        findings.append(Finding(package, version, "report", remedy))
+        findings.append(Finding(package, version, "report, compare", remedy))
+    for package in ("datasets", "pyarrow"):
+        version = _version(package)
+        remedy = "" if version else 'pip install "quarot-onnx[data]"'
+        findings.append(Finding(package, version, "data sets and .parquet as text", remedy))
     tensorrt = _version("tensorrt")
     findings.append(
         Finding(

@@ -211,8 +211,8 @@ def evaluate(
     Returns:
         For JSON: ``perplexity``, ``windows``, ``window_length``, ``tokens`` (of the text),
         ``recipe``, ``runtime``, ``cache_bytes_per_token``, and where asked ``decode``,
-        ``agreement``, ``baselines`` and ``damage_removed``: the share, in log-perplexity, by
-        baseline.
+        ``agreement``, ``layer_snr_db`` (of float32 artifacts; None is no noise), ``baselines`` and
+        ``damage_removed``: the share, in log-perplexity, by baseline.
 
     Raises:
         InputError: the text is unreadable or too short, the artifact is damaged.
@@ -256,6 +256,8 @@ def evaluate(
             "kl_divergence": agreed.kl_divergence,
             "top1_agreement": agreed.top1_agreement,
         }
+        if manifest["dtype"] == "float32":  # a coarser embedding does not tell the map
+            result["layer_snr_db"] = _layer_noise(reference, artifact, cut, threads)
         found = {
             "fp32": agreed.reference_perplexity,
             **baselines(
@@ -270,6 +272,21 @@ def evaluate(
             if (damage := math.log(found[name] / found["fp32"])) > 0
         }
     return result
+
+
+def _layer_noise(
+    reference: Path, artifact: Path, windows: Ids, threads: int | None
+) -> list[float | None]:
+    """`observation.layer_noise` on the first window, against an export of `reference` as it is."""
+    from quarot_onnx.observation import layer_noise  # noqa: PLC0415  # imports torch
+    from quarot_onnx.pipeline import export  # noqa: PLC0415  # imports torch
+    from quarot_onnx.recipe import load_recipe  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory(prefix="quarot-onnx-") as directory:
+        original = Path(directory) / "float"
+        export(reference, original, load_recipe("float"), certify=False)
+        found = layer_noise(original, artifact, windows[:1], threads=threads)
+    return [value if math.isfinite(value) else None for value in found]
 
 
 def _shares(progress: Progress | None, parts: int) -> list[Progress | None]:

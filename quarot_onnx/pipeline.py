@@ -20,8 +20,9 @@ from quarot_onnx.calibration import Calibration
 from quarot_onnx.certificate import Certificate, Certifier, Restate
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UsageError
-from quarot_onnx.export.architectures import dimensions
+from quarot_onnx.export.architectures import dimensions, load_config
 from quarot_onnx.export.checkpoint import Checkpoint
+from quarot_onnx.export.genai import save_genai_config
 from quarot_onnx.export.huggingface import COMPANIONS, onnx_from_huggingface
 from quarot_onnx.export.polygraphy_run import save_polygraphy
 from quarot_onnx.passes import Effect, Report, pipeline, untie_embeddings
@@ -185,6 +186,7 @@ def export(
         if rewritten.transforms:
             rewritten.transforms.save(staging / TRANSFORMS)
         save_polygraphy(staging)
+        save_genai_config(staging, rewritten.model, load_config(model_dir, checkpoint.config))
         artifacts.save_manifest(
             staging,
             {

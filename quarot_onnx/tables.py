@@ -189,6 +189,9 @@ def show_evaluation(content: dict[str, Any]) -> None:
             f"against fp32: KL divergence {agreed['kl_divergence']:.4g} nats per token, "
             f"top-1 agreement {agreed['top1_agreement']:.1%}"
         )
+    if noise := content.get("layer_snr_db"):
+        shown = ", ".join("∞" if value is None else f"{value:.1f}" for value in noise)
+        print(f"signal-to-noise behind each layer, dB: {shown}")
     if decode := content.get("decode"):
         print(
             f"token by token through the cache: perplexity {decode['perplexity']:.3f}, "

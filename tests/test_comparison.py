@@ -49,6 +49,7 @@ def test_each_row_is_what_eval_measures(
     assert run["perplexity"] == pytest.approx(judged["perplexity"], rel=1e-6)
     assert run["kl_divergence"] == pytest.approx(judged["agreement"]["kl_divergence"], rel=1e-4)
     assert content["fp32"] == pytest.approx(judged["baselines"]["fp32"], rel=1e-9)
+    assert judged["layer_snr_db"][-1] == pytest.approx(run["layer_snr_db"][-1], abs=1.5)
     assert run["loss"] == pytest.approx(math.log(run["perplexity"] / content["fp32"]))
     assert run["bytes"] == sum(
         (tmp_path / "a" / f).stat().st_size for f in ("model.onnx", "model.onnx_data")

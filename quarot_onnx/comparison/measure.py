@@ -85,7 +85,7 @@ class Bench:
         """Changes with whatever a run's result depends on."""
         files = [(path.name, path.stat()) for path in self.checkpoint.files]
         content = {
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
             "config": self.checkpoint.config,
             "files": [(name, found.st_size, found.st_mtime_ns) for name, found in files],
             "windows": self.windows.sha256,

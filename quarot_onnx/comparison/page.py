@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _TEMPLATE = "comparison.html.jinja"
 _BITS = re.compile(r"W(\d+)A(\d+)KV(\d+)")
+_LINE = 0.17  # inches between two labels
 _CHOICES = 400  # rows of a recipe's choices on the page; all are in the JSON
 _LABELLED = ("clip_ratio", "symmetric", "bits", "group_size")
 
@@ -134,19 +135,23 @@ def _bits_figure(rows: Sequence[Measured]) -> "Markup":
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     columns = sorted({_mean_bits(row.bits) for row in rows})
+    tallest = max(sum(_mean_bits(row.bits) == bits for row in rows) for bits in columns)
+    height = max(4.6, 1 + _LINE * tallest)  # inches
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 4.6))
-        axes: Any = figure.add_axes((0.07, 0.1, 0.92, 0.84))
+        figure = Figure(figsize=(8.6, height))
+        axes: Any = figure.add_axes((0.07, 0.45 / height, 0.92, 1 - 0.75 / height))
         values = [max(row.loss, 1e-5) for row in rows]
         axes.set_yscale("log")
         low, high = min(values) / 1.6, max(values) * 1.6
         axes.set_ylim(low, high)
         axes.set_xlim(-0.3, len(columns) - 0.1)
-        gap = (math.log(high) - math.log(low)) * 0.036
+        gap = (math.log(high) - math.log(low)) * _LINE / (height - 0.75)
         for column, bits in enumerate(columns):
             here = sorted((r for r in rows if _mean_bits(r.bits) == bits), key=_loss)
             marks = [math.log(max(row.loss, 1e-5)) for row in here]
-            for row, mark, text in zip(here, marks, _apart(marks, gap), strict=True):
+            for row, mark, text in zip(
+                here, marks, _apart(marks, gap, math.log(high)), strict=True
+            ):
                 colour = BEFORE if "unrotated" in row.recipe else AFTER
                 fp32 = row.perplexity / math.exp(row.loss)
                 ends = [max(math.log(p / fp32), 1e-5) for p in (row.lowest, row.highest)]
@@ -181,11 +186,13 @@ def _bits_figure(rows: Sequence[Measured]) -> "Markup":
     )
 
 
-def _apart(marks: Sequence[float], gap: float) -> list[float]:
-    """Ascending positions near `marks`, at least `gap` from one another."""
+def _apart(marks: Sequence[float], gap: float, top: float) -> list[float]:
+    """Ascending positions near `marks`, at least `gap` from one another, none above `top`."""
     found: list[float] = []
     for mark in marks:
         found.append(mark if not found else max(mark, found[-1] + gap))
+    for index in reversed(range(len(found))):
+        found[index] = min(found[index], top - gap * (len(found) - 1 - index))
     return found
 
 
