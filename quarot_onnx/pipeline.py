@@ -175,8 +175,7 @@ def export(
     """
     with artifacts.publish(out_dir, force=force) as staging:
         checkpoint = Checkpoint(model_dir)
-        sizes = dimensions(checkpoint.config)
-        given = None if transforms is None else Transforms.load(transforms, sizes)
+        given = None if transforms is None else _load(transforms, checkpoint)
         rewritten = rewrite(checkpoint, recipe, dtype, calibration, given, certify=certify)
         artifacts.require_space(out_dir, artifacts.stored_bytes(rewritten.model))
         artifacts.save_model(rewritten.model, staging, progress)
@@ -223,6 +222,11 @@ def _calibrated(recipe: Recipe, calibration: Calibration | None) -> dict[str, An
             "window_length": length,
         }
     }
+
+
+def _load(transforms: Path, checkpoint: Checkpoint) -> Transforms:
+    load_config(checkpoint.directory, checkpoint.config)  # which refuses sizes that make no sense
+    return Transforms.load(transforms, dimensions(checkpoint.config))
 
 
 def _transformed(transforms: Transforms) -> dict[str, Any]:
