@@ -8,7 +8,7 @@ the commands that use them, so that ``--help`` answers at once.
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,6 +20,8 @@ from quarot_onnx.errors import InputError, QuarotError, ResourceError, UsageErro
 
 if TYPE_CHECKING:
     from quarot_onnx.artifacts import Progress
+    from quarot_onnx.calibration import Calibration
+    from quarot_onnx.recipe import Recipe as Resolved
 
 EXIT_CODES = """Exit codes: 0 ok, 1 a bug, 2 usage or recipe, 3 bad input, 4 unsupported model,
 5 environment, 6 disk or memory, 10 accuracy gate failed."""
@@ -100,6 +102,17 @@ def export(
     recipe: Recipe = "w4a4kv4",
     settings: Settings = None,
     dtype: Dtype = "float32",
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="What calibrated methods look at: a .txt, .jsonl or .parquet file, or one of "
+            "embedded, wikitext2, wikitext103, c4, ptb, pile."
+        ),
+    ] = "embedded",
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep finished layers in OUT_DIR.calibration; go on there."),
+    ] = False,
     transforms: Annotated[
         Path | None,
         typer.Option(help="Matrices (.safetensors) in place of the recipe's; none is learned."),
@@ -130,16 +143,19 @@ def export(
         return
     from quarot_onnx.pipeline import export as run_export  # noqa: PLC0415
 
-    with _progress("writing weights") as progress:
+    with _phases() as phase:
         manifest = run_export(
             model_dir,
             out_dir,
             resolved,
             dtype=dtype,
+            calibration=_calibration(model_dir, calibration, resolved),
             transforms=transforms,
             force=force,
             certify=certify,
-            progress=progress,
+            resume=resume,
+            progress=phase("writing weights", "MB"),
+            calibrating=phase("calibrating", "steps"),
         )
     _emit(manifest, as_json, lambda: tables.show_manifest(out_dir, manifest))
 
@@ -520,6 +536,24 @@ def _window_count(text: str) -> int | None:
     return int(text)
 
 
+def _calibration(model_dir: Path, source: str, recipe: "Resolved") -> "Calibration | None":
+    """The tokens of `source` that the methods of `recipe` may look at, if any looks."""
+    if not recipe.is_calibrated:
+        return None
+    from quarot_onnx import texts  # noqa: PLC0415
+    from quarot_onnx.calibration import Calibration  # noqa: PLC0415
+    from quarot_onnx.runtime import load_tokenizer  # noqa: PLC0415
+
+    found = texts.calibration_windows(
+        source,
+        load_tokenizer(model_dir),
+        count=recipe.calibration.windows,
+        length=recipe.calibration.window_length,
+        seed=recipe.seed,
+    )
+    return Calibration.of(found.tokens, found.source)
+
+
 # --- Output --------------------------------------------------------------------------------------
 
 
@@ -558,6 +592,13 @@ def _load_json(path: Path | None) -> dict[str, Any] | None:
 @contextmanager
 def _progress(label: str, unit: str = "MB") -> "Iterator[Progress]":
     """A progress bar on a terminal's standard error; silent in a pipe."""
+    with _phases() as phase:
+        yield phase(label, unit)
+
+
+@contextmanager
+def _phases() -> "Iterator[Callable[[str, str], Progress]]":
+    """One bar for work in phases: (label, unit) -> what updates it while that phase runs."""
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
@@ -573,9 +614,13 @@ def _progress(label: str, unit: str = "MB") -> "Iterator[Progress]":
     ) as bar:
         task = bar.add_task("preparing", total=None, done="")
 
-        def update(done: int, total: int) -> None:
+        def phase(label: str, unit: str) -> "Callable[[int, int], None]":
             size = 1e6 if unit == "MB" else 1
-            text = f"{done / size:,.0f} / {total / size:,.0f} {unit}"
-            bar.update(task, description=label, completed=done, total=total, done=text)
 
-        yield update
+            def update(done: int, total: int) -> None:
+                text = f"{done / size:,.0f} / {total / size:,.0f} {unit}"
+                bar.update(task, description=label, completed=done, total=total, done=text)
+
+            return update
+
+        yield phase

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quarot_onnx.artifacts import load_manifest
+from quarot_onnx.calibration import Calibration, require_unseen
 from quarot_onnx.errors import GateError
 from quarot_onnx.runtime import CausalModel, Ids, Logits, OnnxModel, load_tokenizer
 from quarot_onnx.texts import evaluation_windows
@@ -222,6 +223,7 @@ def evaluate(
     manifest = load_manifest(artifact)
     read = evaluation_windows(text, load_tokenizer(artifact), count=count, length=length)
     cut = read.tokens
+    require_unseen(artifact, cut, str(text))
     model = OnnxModel(artifact, runtime=runtime, threads=threads)
     shares = iter(_shares(progress, 1 + decode + (0 if reference is None else _BASELINES)))
     agreed = None
@@ -261,7 +263,13 @@ def evaluate(
         found = {
             "fp32": agreed.reference_perplexity,
             **baselines(
-                reference, manifest, cut, runtime=runtime, threads=threads, progress=list(shares)
+                reference,
+                manifest,
+                cut,
+                runtime=runtime,
+                threads=threads,
+                calibration=Calibration.load(artifact),
+                progress=list(shares),
             ),
         }
         result["baselines"] = found
@@ -307,6 +315,7 @@ def baselines(
     *,
     runtime: str = "ort-cpu",
     threads: int | None = None,
+    calibration: Calibration | None = None,
     progress: Sequence[Progress | None] = (None,) * _BASELINES,
 ) -> dict[str, float]:
     """Perplexities to stand beside a rotated model's, on the same windows.
@@ -317,6 +326,7 @@ def baselines(
         windows: [N, T].
         runtime: where the exports run.
         threads: of one operator.
+        calibration: the artifact's, where its recipe has one.
         progress: for each of the baselines, called after each batch of windows.
 
     Returns:
@@ -351,6 +361,7 @@ def baselines(
                 out,
                 recipe.model_copy(update={"name": name, "rotations": off}),
                 dtype=manifest["dtype"],
+                calibration=calibration,
                 certify=False,
             )
             model = OnnxModel(out, runtime=runtime, threads=threads)

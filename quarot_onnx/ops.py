@@ -94,6 +94,17 @@ def int4_gemm(
     return ((accumulator.astype(np.float32) * scale) * w_scale).astype(dtype)
 
 
+def weight_only_gemm_groups(x: Array, w: Array, w_scale: Float32, w_zero: Array) -> Array:
+    """``x @ ((w - w_zero) * w_scale)`` in float32, rounded once to x's dtype.
+
+    x [..., k], w [k, n] signed codes, w_scale and w_zero [groups, n]: k / groups consecutive rows
+    of w share a scale and a zero point.
+    """
+    grouped = w.astype(np.float32).reshape(len(w_scale), -1, w.shape[1])
+    values = (grouped - w_zero.astype(np.float32)[:, None]) * w_scale[:, None]
+    return (x.astype(np.float32) @ values.reshape(w.shape)).astype(x.dtype)
+
+
 def quantize_kv(
     x: Array, *, bits: int = 4, clip_ratio: float = 0.95
 ) -> tuple[Codes, Float32, Float32]:
@@ -305,6 +316,27 @@ _WEIGHT_ONLY_GEMM = """
     x32 = Cast <to = 1> (x)
     product = MatMul (x32, w32)
     y32 = Mul (product, w_scale)
+    y = CastLike (y32, x)
+"""
+
+# Weights are constants, so ONNX Runtime computes their values once, when it loads the graph.
+_WEIGHT_ONLY_GEMM_GROUPS = """
+    any = Constant <value_ints = [-1]> ()
+    rows = Constant <value_ints = [1]> ()
+    groups = Shape <start = 0, end = 1> (w_scale)
+    columns = Shape <start = 1, end = 2> (w)
+    grouped_shape = Concat <axis = 0> (groups, any, columns)
+    whole_shape = Shape (w)
+    w32 = Cast <to = 1> (w)
+    zero32 = Cast <to = 1> (w_zero)
+    zero_rows = Unsqueeze (zero32, rows)
+    scale_rows = Unsqueeze (w_scale, rows)
+    grouped = Reshape (w32, grouped_shape)
+    centred = Sub (grouped, zero_rows)
+    scaled = Mul (centred, scale_rows)
+    values = Reshape (scaled, whole_shape)
+    x32 = Cast <to = 1> (x)
+    y32 = MatMul (x32, values)
     y = CastLike (y32, x)
 """
 
@@ -539,6 +571,14 @@ OPERATORS: Mapping[str, Operator] = {
             {},
             _WEIGHT_ONLY_GEMM,
             lambda x, w, w_scale: ((x @ w.astype(np.float32)) * w_scale).astype(x.dtype),
+        ),
+        Operator(
+            "WeightOnlyGemmGroups",
+            ("x", "w", "w_scale", "w_zero"),
+            ("y",),
+            {},
+            _WEIGHT_ONLY_GEMM_GROUPS,
+            weight_only_gemm_groups,
         ),
         Operator(
             "KvAppend",

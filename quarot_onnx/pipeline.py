@@ -7,7 +7,11 @@
 Weights stay on disk until the last step, which computes each one as it is written.
 """
 
+import importlib.metadata
+import resource
 import shutil
+import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from quarot_onnx import artifacts
-from quarot_onnx.calibration import Calibration
+from quarot_onnx.calibration import Calibration, Journal
 from quarot_onnx.certificate import Certificate, Certifier, Restate
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UsageError
@@ -49,6 +53,7 @@ class Rewritten:
         decoder: handles into it.
         reports: what each pass did, in order.
         certificates: of each equivalent pass, by its name; empty where nothing was certified.
+        seconds: that the passes took, certificates apart.
         restated: what the passes did to the residual stream, in order.
         transforms: the matrices that were given or learned; empty where there are none.
     """
@@ -57,6 +62,7 @@ class Rewritten:
     decoder: Decoder
     reports: tuple[Report, ...]
     certificates: dict[str, tuple[Certificate, ...]]
+    seconds: float
     restated: tuple[Restate, ...]
     transforms: Transforms
 
@@ -75,6 +81,8 @@ def rewrite(
     transforms: Transforms | None = None,
     *,
     certify: bool = False,
+    journal: Journal | None = None,
+    progress: artifacts.Progress | None = None,
 ) -> Rewritten:
     """Trace the model and apply the recipe's passes.
 
@@ -86,6 +94,9 @@ def rewrite(
         dtype: a key of `DTYPES`, for the float parts.
         calibration: what calibrated methods may look at.
         transforms: matrices that take the place of the recipe's; nothing is learned then.
+        journal: where finished layers are kept; a temporary one where None.
+        progress: called with the steps done and the steps in all, by a training and by each
+            calibrated pass, whose steps are layers.
         certify: measure what each equivalent pass changed, for which every weight is read.
 
     Raises:
@@ -101,18 +112,22 @@ def rewrite(
     model = onnx_from_huggingface(checkpoint, DTYPES[dtype])
     reports = [untie_embeddings(model)]
     decoder = Decoder.locate(model)
+    begun = time.perf_counter()
     if recipe.learning.places and calibration is not None and transforms is None:
         from quarot_onnx.learning import learn  # noqa: PLC0415  # imports torch's optimizers
 
-        learned = learn(checkpoint.directory, recipe, calibration)
+        learned = learn(checkpoint.directory, recipe, calibration, progress=progress)
         reports.append(learned.report)
         transforms = learned.transforms
-    passes = pipeline(recipe, decoder, calibration, transforms)
+    passes = pipeline(recipe, decoder, calibration, transforms, journal=journal, progress=progress)
     exact = [apply for apply in passes if apply.effect is Effect.EQUIVALENT]
     certifier = Certifier(decoder) if certify else None
     certificates: dict[str, tuple[Certificate, ...]] = {}
+    seconds = time.perf_counter() - begun
     for apply in passes:
+        started = time.perf_counter()
         reports.append(apply())
+        seconds += time.perf_counter() - started
         if certifier is not None and apply.effect is Effect.EQUIVALENT:
             certifier.record(apply.name, apply.restate)
             if apply is exact[-1]:  # before a calibrated pass takes its hours
@@ -124,7 +139,7 @@ def rewrite(
     restated = tuple(apply.restate for apply in passes if apply.restate is not None)
     found = {name: array for apply in passes for name, array in apply.found.items()}
     given = (transforms or Transforms()).including(found)
-    return Rewritten(model, decoder, tuple(reports), certificates, restated, given)
+    return Rewritten(model, decoder, tuple(reports), certificates, seconds, restated, given)
 
 
 def _sort_initializers(model: ir.Model) -> None:
@@ -150,8 +165,10 @@ def export(
     calibration: Calibration | None = None,
     transforms: Path | None = None,
     force: bool = False,
+    resume: bool = False,
     certify: bool = True,
     progress: artifacts.Progress | None = None,
+    calibrating: artifacts.Progress | None = None,
 ) -> dict[str, Any]:
     """Export the Hugging Face model in `model_dir` to an artifact in `out_dir`.
 
@@ -164,8 +181,11 @@ def export(
         transforms: a file of matrices (`quarot_onnx.transforms`), such as an artifact's own; what
             it holds replaces the recipe's rotations, and nothing is learned.
         force: replace an existing artifact.
+        resume: keep what a calibrated pass has finished in ``OUT_DIR.calibration``, and go on from
+            what is there; it is removed when the artifact is complete.
         certify: measure what each equivalent pass changed; costs about as much as the export.
         progress: called while weights are written.
+        calibrating: `progress` of `rewrite`.
 
     Returns:
         The manifest.
@@ -176,7 +196,21 @@ def export(
     with artifacts.publish(out_dir, force=force) as staging:
         checkpoint = Checkpoint(model_dir)
         given = None if transforms is None else _load(transforms, checkpoint)
-        rewritten = rewrite(checkpoint, recipe, dtype, calibration, given, certify=certify)
+        sources = {path.name: artifacts.sha256(path) for path in checkpoint.files}
+        journal = None
+        if resume and calibration is not None and recipe.is_calibrated:
+            run = _run(sources, recipe, dtype, calibration, given)
+            journal = Journal(_journal_of(out_dir), run)
+        rewritten = rewrite(
+            checkpoint,
+            recipe,
+            dtype,
+            calibration,
+            given,
+            certify=certify,
+            journal=journal,
+            progress=calibrating,
+        )
         artifacts.require_space(out_dir, artifacts.stored_bytes(rewritten.model))
         artifacts.save_model(rewritten.model, staging, progress)
         for name in COMPANIONS:
@@ -184,6 +218,8 @@ def export(
                 shutil.copyfile(model_dir / name, staging / name)
         if rewritten.transforms:
             rewritten.transforms.save(staging / TRANSFORMS)
+        if calibration is not None and recipe.is_calibrated:
+            calibration.save(staging)
         save_polygraphy(staging)
         save_genai_config(staging, rewritten.model, load_config(model_dir, checkpoint.config))
         artifacts.save_manifest(
@@ -191,13 +227,13 @@ def export(
             {
                 "source": {
                     "model_type": checkpoint.config["model_type"],
-                    "files": {path.name: artifacts.sha256(path) for path in checkpoint.files},
+                    "files": sources,
                 },
                 "recipe": recipe.model_dump(),
                 "targets": [
                     asdict(target) for target in targets_of(recipe, rewritten.transforms.online)
                 ],
-                **_calibrated(recipe, calibration),
+                **_calibrated(recipe, calibration, rewritten.seconds),
                 **_transformed(rewritten.transforms),
                 "dtype": dtype,
                 "passes": [
@@ -206,11 +242,37 @@ def export(
                 ],
             },
         )
-        return artifacts.load_manifest(staging)
+        manifest = artifacts.load_manifest(staging)
+    if journal is not None:
+        shutil.rmtree(journal.directory, ignore_errors=True)
+    return manifest
 
 
-def _calibrated(recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
-    """What was looked at, for the manifest of a recipe that looks."""
+def _journal_of(out_dir: Path) -> Path:
+    target = out_dir.resolve()
+    return target.with_name(f"{target.name}.calibration")
+
+
+def _run(
+    sources: dict[str, str],
+    recipe: Recipe,
+    dtype: str,
+    calibration: Calibration,
+    given: Transforms | None,
+) -> dict[str, Any]:
+    """What would make the numbers of a calibrated pass differ."""
+    return {
+        "source": sources,
+        "recipe": recipe.model_dump(),
+        "dtype": dtype,
+        "calibration": calibration.sha256,
+        "transforms": None if given is None else given.sha256,
+        "version": importlib.metadata.version("quarot-onnx"),
+    }
+
+
+def _calibrated(recipe: Recipe, calibration: Calibration | None, seconds: float) -> dict[str, Any]:
+    """What was looked at and what it cost, for the manifest of a recipe that looks."""
     if calibration is None or not recipe.is_calibrated:
         return {}
     windows, length = calibration.tokens.shape
@@ -220,6 +282,8 @@ def _calibrated(recipe: Recipe, calibration: Calibration | None) -> dict[str, An
             "sha256": calibration.sha256,
             "windows": windows,
             "window_length": length,
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": _peak_memory(),
         }
     }
 
@@ -234,6 +298,12 @@ def _transformed(transforms: Transforms) -> dict[str, Any]:
     if not transforms:
         return {}
     return {"transforms": {"source": transforms.source, "places": transforms.places}}
+
+
+def _peak_memory() -> int:
+    """The most physical memory that this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _report(report: Report, certificates: tuple[Certificate, ...]) -> dict[str, Any]:

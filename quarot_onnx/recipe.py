@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quarot_onnx.errors import UsageError
+from quarot_onnx.quantizers.form import Form
 from quarot_onnx.targets import Target, targets_of
 
 _PRESETS = Path(__file__).parent / "recipes"
@@ -22,6 +23,9 @@ _SIZE_LIMIT = 1_000_000
 
 Bits = Literal[4, 6, 8, 16]
 """Bits of a code; 16 leaves the tensor in the float dtype of the export."""
+
+WeightBits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
+"""Bits of a weight's code; 2 and 3 are stored in 4, 5 to 7 in 8."""
 
 
 class _Spec(BaseModel):
@@ -84,10 +88,49 @@ class Learning(_Spec):
 
 
 class Weights(_Spec):
-    """Weight quantization: symmetric, per output channel, round to nearest."""
+    """Weight quantization.
 
-    bits: Bits = 4
+    Attributes:
+        bits: of a code.
+        method: ``rtn`` rounds to nearest; ``gptq`` makes up for each error in what is still to be
+            rounded, on calibration text (arXiv 2210.17323).
+        symmetric: without zero points.
+        group_size: input features that share a scale, at most: the largest divisor of
+            in_features up to it; 0 for one scale per output channel.
+        clip_search: shrink each range to the least squared error.
+        damping: GPTQ adds so much of the mean diagonal to the Hessian.
+        block_size: rows that GPTQ updates at once; changes the speed only.
+        act_order: GPTQ rounds the inputs of largest power first.
+        static_groups: GPTQ takes the scales of groups from the weight as it was.
+    """
+
+    bits: WeightBits = 4
+    method: Literal["rtn", "gptq"] = "rtn"
+    symmetric: bool = True
+    group_size: int = Field(default=0, ge=0)
     clip_search: bool = True
+    damping: float = Field(default=0.01, gt=0, le=1)
+    block_size: int = Field(default=128, ge=1)
+    act_order: bool = False
+    static_groups: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> "Weights":
+        if self.act_order and self.group_size and not self.static_groups:
+            raise ValueError(
+                "act_order visits the groups in turn; set weights.static_groups = true"
+            )
+        return self
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the method needs calibration text."""
+        return self.method != "rtn"
+
+    @property
+    def form(self) -> Form:
+        """How a weight is stored."""
+        return Form(self.bits, self.symmetric, self.group_size, self.clip_search)
 
 
 class Activations(_Spec):
@@ -136,6 +179,11 @@ class Recipe(_Spec):
                 f"activations.bits = {self.activations.bits} with float weights; "
                 "integer products need weights.bits below 16"
             )
+        if self.activations.bits < 16 and not self.weights.form.is_per_channel:
+            raise ValueError(
+                f"activations.bits = {self.activations.bits} with weights that have groups or zero "
+                "points; integer products need weights.symmetric = true and weights.group_size = 0"
+            )
         if self.rotations.r1 != "none" and not self.rotations.fold_norm_scale:
             raise ValueError("rotations.r1 needs rotations.fold_norm_scale = true")
         self._check_learning()
@@ -162,9 +210,13 @@ class Recipe(_Spec):
     @property
     def is_calibrated(self) -> bool:
         """Whether a method looks at text before it decides."""
-        return bool(
-            self.learning.places or self.smoothing.down_proj or self.rotations.candidates > 1
-        )
+        looks = [
+            bool(self.learning.places),
+            self.smoothing.down_proj,
+            self.rotations.candidates > 1,
+        ]
+        rounded = (section.bits < 16 and section.is_calibrated for section in (self.weights,))
+        return any((*looks, *rounded))
 
     def as_json(self) -> dict[str, Any]:
         """The resolved recipe as plain data, with ``targets``."""

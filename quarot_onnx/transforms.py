@@ -25,6 +25,7 @@ Orthogonal matrices are refused where they are not, and made so to float64 round
 stored in fewer bits. All others need only be invertible: their inverses go into weights.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -123,10 +124,18 @@ class Transforms:
 
     def save(self, path: Path) -> None:
         """Write ``.safetensors`` in float64: what is read back is what was applied."""
+        path.write_bytes(self._bytes())
+
+    @property
+    def sha256(self) -> str:
+        """Of the file that `save` writes."""
+        return hashlib.sha256(self._bytes()).hexdigest()
+
+    def _bytes(self) -> bytes:
         from safetensors.numpy import save  # noqa: PLC0415
 
         arrays = {name: np.ascontiguousarray(x) for name, x in sorted(self.tensors.items())}
-        path.write_bytes(save(arrays))
+        return bytes(save(arrays))
 
     def __bool__(self) -> bool:
         return bool(self.tensors)

@@ -225,8 +225,11 @@ def _in_order(call: Callable[[_Item], _Result], items: Iterable[_Item]) -> Itera
             yield pending.popleft().result()
 
 
-Quantizer = Callable[[Float64], tuple[NDArray[np.int8], NDArray[np.float32]]]
-"""Codes [in_features, n] and scales [n] of n output channels [in_features, n]."""
+Quantizer = Callable[[Float64], tuple[NDArray[Any], ...]]
+"""Codes and scales of n output channels [in_features, n]: int8 [in_features, n] and float32 [n].
+
+With groups the scales are [groups, n], and int8 zero points [groups, n] follow.
+"""
 
 
 class QuantizedWeight:
@@ -235,38 +238,55 @@ class QuantizedWeight:
     Attributes:
         codes: an INT4 or INT8 tensor [in_features, out_features] with the weight's name.
         scale: a float32 tensor [out_features] named ``<weight>_scale``; written after the codes.
+            With groups, [groups, out_features].
+        zero: with groups, an INT8 tensor [groups, out_features] named ``<weight>_zero``.
     """
 
-    def __init__(self, weight: Weight, quantizer: Quantizer, dtype: ir.DataType) -> None:
+    def __init__(
+        self,
+        weight: Weight,
+        quantizer: Quantizer,
+        dtype: ir.DataType,
+        groups: int | None = None,
+    ) -> None:
         self._weight = weight
         self._quantizer = quantizer
-        self._scale: NDArray[np.float32] | None = None
+        self._parts: list[NDArray[Any]] = []  # what was computed with the codes
+        out_features = weight.sizes[1]
+        shape = [out_features] if groups is None else [groups, out_features]
         self.codes = ir.LazyTensor(
             self._compute_codes, dtype=dtype, shape=ir.Shape(weight.sizes), name=weight.name
         )
-        self.scale = ir.LazyTensor(
-            self._take_scale,
-            dtype=ir.DataType.FLOAT,
-            shape=ir.Shape([weight.sizes[1]]),
-            name=f"{weight.name}_scale",
-        )
+        self.scale = self._part(0, "scale", ir.DataType.FLOAT, shape)
+        self.zero = None if groups is None else self._part(1, "zero", ir.DataType.INT8, shape)
+
+    @property
+    def tensors(self) -> tuple[ir.TensorProtocol, ...]:
+        """Codes, scales and, where there are any, zero points."""
+        return (self.codes, self.scale, *([] if self.zero is None else [self.zero]))
 
     def _compute_codes(self) -> ir.TensorProtocol:
-        in_features, out_features = self._weight.sizes
-        codes = np.empty((in_features, out_features), dtype=np.int8)
-        scale = np.empty(out_features, dtype=np.float32)
+        out_features = self._weight.sizes[1]
+        whole: list[NDArray[Any]] = []
         for (_, columns), block in self._weight.blocks(1, self._quantizer):
-            codes[:, columns], scale[columns] = block
-        self._scale = scale
+            if not whole:
+                whole = [np.empty((*x.shape[:-1], out_features), x.dtype) for x in block]
+            for target, part in zip(whole, block, strict=True):
+                target[..., columns] = part
+        codes, *self._parts = whole
         if self.codes.dtype == ir.DataType.INT4:
             return ir.tensor(codes.astype(ml_dtypes.int4), name=self.codes.name)
         return ir.tensor(codes, name=self.codes.name)
 
-    def _take_scale(self) -> ir.TensorProtocol:
-        if self._scale is None:
-            self._compute_codes()
-        assert self._scale is not None
-        return ir.tensor(self._scale, name=self.scale.name)
+    def _part(self, index: int, suffix: str, dtype: ir.DataType, shape: list[int]) -> ir.LazyTensor:
+        name = f"{self._weight.name}_{suffix}"
+
+        def take() -> ir.TensorProtocol:
+            if not self._parts:
+                self._compute_codes()
+            return ir.tensor(self._parts[index], name=name)
+
+        return ir.LazyTensor(take, dtype=dtype, shape=ir.Shape(shape), name=name)
 
 
 class ArraySource:

@@ -27,7 +27,7 @@ from quarot_onnx.artifacts import (
     save_model,
 )
 from quarot_onnx.errors import InputError, ResourceError, UsageError
-from quarot_onnx.quantize import rtn
+from quarot_onnx.quantizers.rtn import rtn
 from quarot_onnx.weights import ArraySource, QuantizedWeight, Weight
 
 

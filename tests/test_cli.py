@@ -123,7 +123,7 @@ def test_a_dry_run_does_not_import_torch(hugging_face: HuggingFace, tmp_path: Pa
         (("export", "nowhere", "out"), 3, "no such directory"),
         (("export", "MODEL", "out", "--recipe", "w4a4kv"), 2, "did you mean 'w4a4kv4'"),
         (("export", "MODEL", "out", "--set", "weigths.bits=4"), 2, "did you mean weights.bits"),
-        (("export", "MODEL", "out", "--set", "weights.bits=5"), 2, "4, 6, 8 or 16"),
+        (("export", "MODEL", "out", "--set", "weights.bits=9"), 2, "7, 8 or 16"),
         (("export", "MODEL", "out", "--set", "weights.bits"), 2, "not KEY=VALUE"),
         (("inspect", "MODEL"), 3, "manifest.json"),
         (("generate", "MODEL", "-p", "x"), 3, "manifest.json"),

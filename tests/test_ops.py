@@ -303,6 +303,24 @@ def test_weight_only_gemm_equals_its_reference(dtype) -> None:
     _assert_within_ulps(y, ops.OPERATORS["WeightOnlyGemm"].reference(x, w, w_scale), 8)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("groups", [1, 4, 64])
+def test_weight_only_gemm_has_scales_and_zero_points_for_groups_of_rows(dtype, groups) -> None:
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(2, 3, 64)).astype(dtype)
+    w = rng.integers(-8, 8, (64, 5)).astype(np.int8)
+    scale = rng.uniform(0.1, 0.3, (groups, 5)).astype(np.float32)
+    zero = rng.integers(-8, 8, (groups, 5)).astype(np.int8)
+    (y,) = run("WeightOnlyGemmGroups", x, w, scale, zero)
+    rows = np.arange(64) // (64 // groups)
+    values = (w.astype(np.float64) - zero[rows]) * scale[rows]
+    eps = np.finfo(dtype).eps
+    wanted = x.astype(np.float64) @ values
+    assert np.abs(y - wanted).max() <= (64 * np.finfo(np.float32).eps + eps) * np.abs(wanted).max()
+    reference = ops.OPERATORS["WeightOnlyGemmGroups"].reference(x, w, scale, zero)
+    _assert_within_ulps(y, reference, 64 if dtype is np.float32 else 1)
+
+
 # --- Cache ----------------------------------------------------------------------------------------
 
 
@@ -471,6 +489,8 @@ def _cases() -> dict[str, tuple[list[Array], dict[str, Any]]]:
     x = _tokens(rng, 2, 3, 48)
     q, scale = ops.quantize_int4(x)
     w, w_scale = rng.integers(-8, 8, (48, 5)).astype(np.int8), np.full(5, 0.01, np.float32)
+    grouped_scale = rng.uniform(0.01, 0.02, (3, 5)).astype(np.float32)
+    grouped_zero = rng.integers(-8, 8, (3, 5)).astype(np.int8)
     new = _tokens(rng, 2, 2, 3, 8)
     small, large = _cache(rng, 2, 2, 4, 8, 4), _cache(rng, 2, 2, 4, 8, 8)
     queries, mask = _tokens(rng, 2, 4, 3, 8), np.tri(3, 4, 1)[None, None].repeat(2, 0) > 0
@@ -485,6 +505,7 @@ def _cases() -> dict[str, tuple[list[Array], dict[str, Any]]]:
         "Int4Gemm": ([q, scale, w, w_scale], {"dtype": 1}),
         "Int8Gemm": ([q, scale, w, w_scale], {"dtype": 1}),
         "WeightOnlyGemm": ([x, w, w_scale], {}),
+        "WeightOnlyGemmGroups": ([x, w, grouped_scale, grouped_zero], {}),
         "KvAppend": ([new, *small], kv),
         "KvAppendInt8": ([new, *large], kv | {"bits": 8}),
         "KvFakeQuantize": ([new], kv),

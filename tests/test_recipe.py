@@ -89,8 +89,8 @@ def test_the_last_override_wins() -> None:
     [
         ("weights.bit=4", "recipe w4a4kv4: unknown key weights.bit; did you mean weights.bits"),
         ("weigths.bits=4", "recipe w4a4kv4: unknown key weigths; did you mean weights.bits"),
-        ("weights.bits=5", "recipe w4a4kv4: weights.bits = 5: input should be 4, 6, 8 or 16"),
-        ("weights.bits=four", "weights.bits = 'four': input should be 4, 6, 8 or 16"),
+        ("weights.bits=9", "recipe w4a4kv4: weights.bits = 9: input should be 2, 3, 4, 5, 6, 7, 8"),
+        ("weights.bits=four", "weights.bits = 'four': input should be 2, 3, 4, 5, 6, 7, 8 or 16"),
         ("weights=4", "recipe w4a4kv4: weights = 4: "),
         ("seed=-1", "seed = -1: input should be greater than or equal to 0"),
         ("seed=1.5", "seed = 1.5: input should be a valid integer"),
@@ -102,6 +102,11 @@ def test_the_last_override_wins() -> None:
         ("seed", "--set seed: not KEY=VALUE; for example kv_cache.io=float"),
         ("=4", "--set =4: not KEY=VALUE"),
         ("rotations.fold_norm_scale=false", "rotations.r1 needs rotations.fold_norm_scale = true"),
+        (
+            "weights.group_size=32",
+            "activations.bits = 4 with weights that have groups or zero points",
+        ),
+        ("weights={act_order=true, group_size=32}", "act_order visits the groups in turn"),
         ("weights.bits=16", "activations.bits = 4 with float weights"),
         ("__class__.__init__=1", "unknown key __class__"),
     ],

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from quarot_onnx import weights
 from quarot_onnx.errors import InputError
-from quarot_onnx.quantize import rtn
+from quarot_onnx.quantizers.rtn import rtn
 from quarot_onnx.weights import ArraySource, QuantizedWeight, Weight
 
 Float64 = NDArray[np.float64]

@@ -7,8 +7,10 @@ holds one layer, one batch of windows and, where they are small, the states. Wha
 into the graph (online Hadamards, codes, quantized activations) is what runs.
 """
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +61,7 @@ def walk(
         UnsupportedModelError: ONNX Runtime has no kernel for a node.
     """
     _require_vocabulary(decoder, calibration)
-    with tempfile.TemporaryDirectory(prefix="quarot-onnx-", dir=directory) as own:
-        store = Path(own)
+    with _scratch(directory) as store:
         states = _Runner(decoder, calibration, store, None).states(decoder.states[0], "states.0")
         for layer in decoder.layers:
             run = LayerRun(_Runner(decoder, calibration, store, states), layer)
@@ -69,6 +70,16 @@ def walk(
                 progress(layer.index + 1, len(decoder.layers))
             if layer.index + 1 < len(decoder.layers):
                 states = run.following()
+
+
+@contextmanager
+def _scratch(parent: Path | None) -> Iterator[Path]:
+    """A directory that is gone afterwards, also where a walk is dropped before its end."""
+    directory = Path(tempfile.mkdtemp(prefix="quarot-onnx-", dir=parent))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _require_vocabulary(decoder: Decoder, calibration: Calibration) -> None:
@@ -190,8 +201,7 @@ class _Runner:
         """`ends` for a batch of windows at a time, computed from the stored values of `start`."""
         if start is not None and any(end is start for end in ends):
             raise ValueError("an end is the start")
-        with tempfile.TemporaryDirectory(dir=self.directory) as own:
-            directory = Path(own)
+        with _scratch(self.directory) as directory:
             model = cut(self.decoder.model, ends, start)
             names = [value.name or "" for value in model.graph.outputs]
             inputs = [value.name or "" for value in model.graph.inputs]

@@ -2,13 +2,19 @@
 """The tokens that a calibrated method may look at."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from quarot_onnx.errors import InputError
-from quarot_onnx.runtime import Ids
+from quarot_onnx import texts
+from quarot_onnx.errors import InputError, UsageError
+from quarot_onnx.texts import Ids
+
+TOKENS = "calibration.npy"
+"""The file of an artifact that holds its calibration tokens, [windows, length] int64."""
+
+_SHARED = 0.05  # of its runs of 32 tokens: licence headers and the like are in many texts
 
 
 @dataclass(frozen=True)
@@ -40,17 +46,43 @@ class Calibration:
         digest = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
         return cls(np.ascontiguousarray(tokens, dtype=np.int64), source, digest)
 
-    @classmethod
-    def from_ids(cls, ids: Sequence[int], source: str, *, count: int, length: int) -> "Calibration":
-        """At most `count` evenly spaced windows of `length` of the text `ids`, without overlap.
+    def save(self, directory: Path) -> None:
+        """Keep the tokens with an artifact, so that an evaluation can refuse them."""
+        np.save(directory / TOKENS, self.tokens.astype("<i8"))
 
-        A text shorter than one window gives one window of all of it.
+    @classmethod
+    def load(cls, artifact: Path) -> "Calibration | None":
+        """What `artifact` was calibrated on; None where its recipe does not look at text.
 
         Raises:
-            InputError: the text has no token.
+            InputError: the file is damaged.
         """
-        length = min(length, len(ids))
-        count = min(count, len(ids) // length) if length else 0
-        stride = len(ids) // count if count else 0
-        cut = [ids[i * stride : i * stride + length] for i in range(count)]
-        return cls.of(np.array(cut, np.int64).reshape(count, length), source)
+        path = artifact / TOKENS
+        if not path.is_file():
+            return None
+        try:
+            tokens = np.asarray(np.load(path), np.int64)
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: is damaged ({error}); export again") from error
+        return cls.of(tokens, str(path))
+
+
+def require_unseen(artifact: Path, evaluation: Ids, source: str) -> None:
+    """Refuse to evaluate `artifact` on what its calibration has seen.
+
+    Args:
+        artifact: a directory that ``quarot-onnx export`` wrote.
+        evaluation: tokens [windows, length].
+        source: where they come from.
+
+    Raises:
+        UsageError: more than 5 % of the runs of 32 tokens were in the calibration text.
+        InputError: the artifact's calibration tokens are damaged.
+    """
+    seen = Calibration.load(artifact)
+    share = 0.0 if seen is None else texts.shared_share(seen.tokens, evaluation)
+    if share > _SHARED:
+        raise UsageError(
+            f"--text {source}: {share:.0%} of it was seen when {artifact} was calibrated; evaluate "
+            "on another text, or calibrate on another one"
+        )

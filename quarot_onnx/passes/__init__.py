@@ -2,13 +2,15 @@
 """The passes, one per file, and their order: `pipeline` reads like the paper."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from functools import partial
 from typing import TypeVar
 
-from quarot_onnx.calibration import Calibration
+from quarot_onnx.calibration import Calibration, Journal, Progress
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.hadamard import plan
 from quarot_onnx.passes.base import Effect, Pass, Report
+from quarot_onnx.passes.calibrate_weights import CalibrateWeightsPass
 from quarot_onnx.passes.fuse_layer_norm_mean import FuseLayerNormMeanPass
 from quarot_onnx.passes.fuse_norm_output_scale import FuseNormOutputScalePass
 from quarot_onnx.passes.fuse_norm_scale import FuseNormScalePass
@@ -41,11 +43,15 @@ def pipeline(
     decoder: Decoder,
     calibration: Calibration | None = None,
     transforms: Transforms | None = None,
+    *,
+    journal: Journal | None = None,
+    progress: Progress | None = None,
 ) -> list[Pass]:
     """The passes of `recipe`, in order, for a decoder whose embeddings are untied.
 
-    A pass that has to look at data gets `calibration`, which is all that it may look at. Where
-    `transforms` holds a place's matrices, they stand there in place of the recipe's.
+    A pass that has to look at data gets `calibration`, which is all that it may look at; it keeps
+    what it has finished in `journal` and tells `progress` the layers done and the layers in all.
+    Where `transforms` holds a place's matrices, they stand there in place of the recipe's.
     """
     rotations = recipe.rotations
     passes: list[Pass] = []
@@ -56,9 +62,14 @@ def pipeline(
     passes += _offline(recipe, decoder, calibration, transforms or Transforms())
     passes += _online(recipe, decoder, transforms or Transforms())
     if (weights := recipe.weights).bits < 16:
-        passes.append(
-            QuantizeWeightsPass(decoder, bits=weights.bits, clip_search=weights.clip_search)
-        )
+        if weights.is_calibrated and calibration is not None:
+            passes.append(
+                CalibrateWeightsPass(
+                    decoder, weights, calibration, journal=journal, progress=progress
+                )
+            )
+        else:
+            passes.append(QuantizeWeightsPass(decoder, **asdict(weights.form)))
     if (activations := recipe.activations).bits < 16:
         passes.append(
             QuantizeActivationsPass(

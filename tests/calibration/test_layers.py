@@ -148,16 +148,10 @@ def test_refuses_a_token_outside_the_vocabulary(
     )
 
 
-def test_windows_are_evenly_spaced_and_do_not_overlap() -> None:
-    found = Calibration.from_ids(range(100), "a text", count=3, length=20)
-    assert found.tokens[:, 0].tolist() == [0, 33, 66]
-    assert found.tokens.shape == (3, 20)
-    short = Calibration.from_ids(range(7), "a text", count=3, length=20)
-    assert short.tokens.tolist() == [list(range(7))]
-    assert short.sha256 != found.sha256
-
-
 def test_refuses_a_text_without_tokens() -> None:
     with pytest.raises(InputError) as caught:
-        Calibration.from_ids([], "empty.txt", count=3, length=20)
-    assert str(caught.value).startswith("empty.txt: tokens of shape [0, 0]; give at least")
+        Calibration.of(np.empty((0, 8), np.int64), "empty.txt")
+    assert str(caught.value) == (
+        "empty.txt: tokens of shape [0, 8]; give at least one window of one token, "
+        "[windows, length]"
+    )

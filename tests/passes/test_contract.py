@@ -77,8 +77,12 @@ def _prepared(kind: type[Pass]) -> Decoder:
 each_pass = pytest.mark.parametrize("kind", BUILD, ids=lambda kind: kind.__name__)
 
 
+CALIBRATED = {package.CalibrateWeightsPass}
+"""They run the layers on tokens, which a `small_decoder` has no mask for; tested on their own."""
+
+
 def test_every_pass_is_under_contract() -> None:
-    assert set(Pass.__subclasses__()) == set(BUILD)
+    assert set(Pass.__subclasses__()) == set(BUILD) | CALIBRATED
 
 
 @each_pass

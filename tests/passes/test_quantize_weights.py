@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized weights: the product is that of codes times scales, in the float dtype."""
 
+from dataclasses import asdict
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -8,7 +10,9 @@ import pytest
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.passes.fuse_norm_scale import FuseNormScalePass
 from quarot_onnx.passes.quantize_weights import QuantizeWeightsPass
-from quarot_onnx.quantize import rtn
+from quarot_onnx.quantizers.form import Form
+from quarot_onnx.quantizers.grid import nearest
+from quarot_onnx.quantizers.rtn import rtn
 from tests import float64, running
 from tests.small_decoder import assert_golden, located, logits, refused, text
 
@@ -40,6 +44,33 @@ def test_the_function_is_that_of_the_rounded_weights(bits, clip_search, dtype) -
     eps = 1e-3 if dtype == "float16" else 1e-7
     difference = logits(running.run, decoder.model).astype(np.float64) - wanted
     assert np.abs(difference).max() <= 64 * eps * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        Form(4, symmetric=False),
+        Form(3, group_size=4),
+        Form(2, symmetric=False, group_size=5, clip_search=False),
+        Form(8, group_size=100),
+    ],
+)
+def test_groups_and_zero_points_say_the_same_as_the_rounded_weights(form) -> None:
+    expected = located()
+    for linear in expected.linears:
+        rounded = nearest(linear.weight.float64(), form).values()
+        linear.weight.compose(0, lambda _, rounded=rounded: rounded)
+    decoder = located()
+    QuantizeWeightsPass(decoder, **asdict(form))()
+    linear = decoder.layers[0].mlp.down
+    assert linear.node.op_type == "WeightOnlyGemmGroups"
+    codes, scale, zero = linear.node.inputs[1:]
+    groups = linear.in_features // form.rows(linear.in_features)
+    assert list(scale.shape) == list(zero.shape) == [groups, linear.out_features]
+    assert codes.dtype == (ir.DataType.INT4 if form.bits <= 4 else ir.DataType.INT8)
+    wanted = logits(float64.run, expected.model)
+    difference = logits(running.run, decoder.model).astype(np.float64) - wanted
+    assert np.abs(difference).max() <= 64 * 1e-7 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize(("bits", "stored"), [(4, "INT4"), (6, "INT8"), (8, "INT8")])

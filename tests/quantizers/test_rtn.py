@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from quarot_onnx.quantize import best_clip, qmax, rtn
+from quarot_onnx.quantizers.rtn import best_clip, qmax, rtn
 
 Float64 = NDArray[np.float64]
 
@@ -60,7 +60,9 @@ def test_best_clip_has_the_least_squared_error_of_the_whole_grid(weight, bits) -
 def test_best_clip_is_the_same_in_blocks_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = np.random.default_rng(0).normal(size=(64, 37))
     whole = best_clip(weight, bits=4)
-    monkeypatch.setattr("quarot_onnx.quantize._HISTOGRAM_ENTRIES", 1 << 14)  # 5 columns at a time
+    monkeypatch.setattr(
+        "quarot_onnx.quantizers.rtn._HISTOGRAM_ENTRIES", 1 << 14
+    )  # 5 columns at a time
     np.testing.assert_array_equal(best_clip(weight, bits=4), whole)
 
 
