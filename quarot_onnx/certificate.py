@@ -233,7 +233,8 @@ class _Progressive:
     def read(self, weight: Weight) -> Float64:
         """The numbers of `weight`, the same whatever was read before up to rounding."""
         steps, numbers = self._held.get(weight.name, ((), None))
-        if numbers is None or weight.steps[: len(steps)] != steps:
+        was_padded = numbers is not None and numbers.shape != weight.sizes
+        if numbers is None or was_padded or weight.steps[: len(steps)] != steps:
             numbers = weight.float64()
         elif rest := weight.steps[len(steps) :]:
             continued = Weight(weight.name, ArraySource(numbers), weight.dtype)

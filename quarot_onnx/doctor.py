@@ -110,7 +110,8 @@ def _nvcc() -> Finding:
     try:
         return Finding("nvcc", str(build.find_nvcc()), "building the CUDA kernels and plugins")
     except MissingDependencyError:
-        remedy = "install the CUDA toolkit, set CUDA_HOME, or pip install nvidia-cuda-nvcc"
+        wheels = "nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"
+        remedy = f"install the CUDA toolkit, set CUDA_HOME, or pip install {wheels}"
         return Finding("nvcc", "", "building the CUDA kernels and plugins", remedy)
 
 

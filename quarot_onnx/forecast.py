@@ -5,16 +5,18 @@ Nothing is traced and no weight is read, so the answer comes at once, on a machi
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from quarot_onnx.export.architectures import Dimensions, check_config, dimensions
+from quarot_onnx.export.architectures import Dimensions, FeedForward, check_config, dimensions
 from quarot_onnx.export.checkpoint import Checkpoint
-from quarot_onnx.hadamard import Plan, plan
+from quarot_onnx.hadamard import Plan, Policy, plan
 from quarot_onnx.recipe import Recipe
 from quarot_onnx.rotation import Rotation
 
 FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+_POLICIES: tuple[Policy, ...] = ("full", "block", "pad")
 
 _RUNTIME_BYTES = 600_000_000  # the interpreter with torch, transformers and a traced layer
 
@@ -32,6 +34,7 @@ class Site:
         cost: multiply-adds per token and layer of the online part.
         suppression: by how much the peak of a single outlier shrinks.
         reason: why it is skipped or not a full Hadamard.
+        candidates: what each policy would do, where they differ; the first is the recipe's.
     """
 
     name: str
@@ -42,6 +45,26 @@ class Site:
     cost: int
     suppression: float
     reason: str = ""
+    candidates: tuple["Candidate", ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a policy of ``rotations.r4_policy`` makes of a site.
+
+    Attributes:
+        policy: its name.
+        how: factors of the Hadamard and what they act on.
+        size: the features behind it, zeros included.
+        cost: multiply-adds per token and layer of the online part, and of the padded columns.
+        suppression: by how much the peak of a single outlier shrinks.
+    """
+
+    policy: str
+    how: str
+    size: int
+    cost: int
+    suppression: float
 
 
 @dataclass(frozen=True)
@@ -167,8 +190,28 @@ def _sites(recipe: Recipe, sizes: Dimensions) -> list[Site]:
     if rotations.r4:
         for network in sizes.feed_forwards:
             where = f"{network.name} input"
-            sites.append(_site("R4", where, plan(network.size), times=network.visits))
+            found = plan(network.size, policy=rotations.r4_policy)
+            candidates = tuple(_candidates(rotations.r4_policy, network, sizes.hidden_size))
+            site = _site("R4", where, found, times=network.visits)
+            sites.append(replace(site, candidates=candidates))
     return sites
+
+
+def _candidates(chosen: Policy, network: FeedForward, out_features: int) -> Iterator[Candidate]:
+    """The plan of each policy, the chosen one first; nothing where all make the same."""
+    policies: list[Policy] = [chosen, *(p for p in _POLICIES if p != chosen)]
+    plans = {policy: plan(network.size, policy=policy) for policy in policies}
+    if plans[chosen].kind == "full":
+        return
+    for policy, found in plans.items():
+        padding = (found.padded_size - found.size) * out_features
+        yield Candidate(
+            policy,
+            _how(found),
+            found.padded_size,
+            network.visits * (found.cost + padding),
+            found.suppression,
+        )
 
 
 def _residual_site(recipe: Recipe, sizes: Dimensions) -> Site:
@@ -196,16 +239,11 @@ def _residual_site(recipe: Recipe, sizes: Dimensions) -> Site:
 
 def _site(name: str, where: str, found: Plan, *, times: int = 1, online: bool = True) -> Site:
     runs = "skipped" if found.kind == "none" else "online" if online else "offline"
-    how = (
-        "hadamard " + " x ".join(str(factor) for factor in found.factors) if found.factors else "-"
-    )
-    if found.kind == "block":
-        how = f"{how} in {found.size // found.block_size} blocks"
     return Site(
         name,
         where,
         found.size,
-        how,
+        _how(found),
         runs,
         found.cost * times if runs == "online" else 0,
         found.suppression,
@@ -213,6 +251,14 @@ def _site(name: str, where: str, found: Plan, *, times: int = 1, online: bool = 
     )
 
 
+def _how(found: Plan) -> str:
+    """The factors, and what they act on where it is not the whole dimension."""
+    text = f"hadamard {' x '.join(map(str, found.factors))}" if found.factors else "-"
+    if found.kind == "block":
+        return f"{text} in {found.size // found.block_size} blocks"
+    return f"{text}, padded to {found.padded_size}" if found.kind == "padded" else text
+
+
 def as_json(found: Forecast) -> dict[str, Any]:
     """The forecast as plain data."""
-    return {**vars(found), "sites": [vars(site) for site in found.sites]}
+    return {**vars(found), "sites": [asdict(site) for site in found.sites]}

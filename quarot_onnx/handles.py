@@ -157,6 +157,11 @@ class Linear:
         self._bias_node = node
         return weight
 
+    def pad_inputs(self, in_features: int) -> None:
+        """Give the weight rows of zeros up to `in_features`; the input must get as many zeros."""
+        self.weight.pad_inputs(in_features)
+        self.weight_value.shape = ir.Shape(self.weight.sizes)
+
     def replace(self, graph: ir.Graph, node: ir.Node) -> None:
         """Let `node`, which computes the same product, take this linear's place in `graph`."""
         old, new = self.node.outputs[0], node.outputs[0]

@@ -48,7 +48,8 @@ class Observed:
         index: of the layer; the count of layers for what is behind the last one.
         state: the residual stream in front of it, [tokens, hidden_size].
         sites: what is rounded, or would be, by module (``mlp.down_proj``, the first one where
-            several read the same) and ``keys`` and ``values``: [rows, channels].
+            several read the same; experts are left out) and ``keys`` and ``values``: [rows,
+            channels].
     """
 
     index: int
@@ -111,7 +112,7 @@ def _places(artifact: Path, graph: ir.Graph) -> list[_Place]:
                 last = x
             else:
                 states.setdefault(int(match[1]), x)
-        elif match is not None and ".experts" not in match[2] and _is_linear(node):
+        elif match is not None and "experts" not in match[2] and _is_linear(node):
             sites.setdefault(int(match[1]), {}).setdefault(_unrounded(x), match[2])
     if last is None or not states or sorted(states) != list(range(len(states))):
         raise InputError(

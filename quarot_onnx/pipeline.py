@@ -31,9 +31,13 @@ from quarot_onnx.export.huggingface import COMPANIONS, onnx_from_huggingface
 from quarot_onnx.export.polygraphy_run import save_polygraphy
 from quarot_onnx.passes import Effect, Report, pipeline, untie_embeddings
 from quarot_onnx.recipe import Recipe
+<<<<<<< HEAD
 from quarot_onnx.targets import targets_of
 from quarot_onnx.transforms import FILE as TRANSFORMS
 from quarot_onnx.transforms import Transforms
+=======
+from quarot_onnx.sparsity import save_sparse
+>>>>>>> main
 from quarot_onnx.weights import Float64
 
 DTYPES = {
@@ -197,7 +201,7 @@ def export(
         checkpoint = Checkpoint(model_dir)
         given = None if transforms is None else _load(transforms, checkpoint)
         sources = {path.name: artifacts.sha256(path) for path in checkpoint.files}
-        journal = None
+        journal = Journal()
         if resume and calibration is not None and recipe.is_calibrated:
             run = _run(sources, recipe, dtype, calibration, given)
             journal = Journal(_journal_of(out_dir), run)
@@ -220,6 +224,15 @@ def export(
             rewritten.transforms.save(staging / TRANSFORMS)
         if calibration is not None and recipe.is_calibrated:
             calibration.save(staging)
+        if recipe.weights.bits < 16 and recipe.weights.sparsity != "none":
+            weights = [linear.weight for linear in rewritten.decoder.linears]
+            save_sparse(
+                staging,
+                journal,
+                [(weight.name, weight.sizes) for weight in weights],
+                recipe.weights.sparsity,
+                recipe.weights.bits,
+            )
         save_polygraphy(staging)
         save_genai_config(staging, rewritten.model, load_config(model_dir, checkpoint.config))
         artifacts.save_manifest(
@@ -243,8 +256,7 @@ def export(
             },
         )
         manifest = artifacts.load_manifest(staging)
-    if journal is not None:
-        shutil.rmtree(journal.directory, ignore_errors=True)
+    shutil.rmtree(journal.directory, ignore_errors=True)
     return manifest
 
 

@@ -33,7 +33,11 @@ class _Spec(BaseModel):
 
 
 class Rotations(_Spec):
-    """Which rotations are applied; names as in the field (docs/design.md)."""
+    """Which rotations are applied; names as in the field (docs/design.md).
+
+    `r4_policy` is for sizes of down_proj without a Hadamard matrix: leave the site alone, rotate
+    blocks, or pad with zeros to the next size that has one (`quarot_onnx.hadamard.plan`).
+    """
 
     fold_norm_scale: bool = True
     r1: Literal[
@@ -53,6 +57,7 @@ class Rotations(_Spec):
     heads: bool = True
     r3: bool = True
     r4: bool = True
+    r4_policy: Literal["full", "block", "pad"] = "block"
 
 
 class Smoothing(_Spec):
@@ -93,7 +98,10 @@ class Weights(_Spec):
     Attributes:
         bits: of a code.
         method: ``rtn`` rounds to nearest; ``gptq`` makes up for each error in what is still to be
-            rounded, on calibration text (arXiv 2210.17323).
+            rounded, on calibration text (arXiv 2210.17323). The others prune: ``obr`` makes up for
+            pruning and rounding together (arXiv 2509.11177); ``wanda`` and ``magnitude`` prune, by
+            ``|w| * sqrt(E[x^2])`` and by ``|w|``, and leave the rest to GPTQ.
+        sparsity: half of the inputs of an output channel are 0, or two of each four.
         symmetric: without zero points.
         group_size: input features that share a scale, at most: the largest divisor of
             in_features up to it; 0 for one scale per output channel.
@@ -105,7 +113,8 @@ class Weights(_Spec):
     """
 
     bits: WeightBits = 4
-    method: Literal["rtn", "gptq"] = "rtn"
+    method: Literal["rtn", "gptq", "obr", "wanda", "magnitude"] = "rtn"
+    sparsity: Literal["none", "50%", "2:4"] = "none"
     symmetric: bool = True
     group_size: int = Field(default=0, ge=0)
     clip_search: bool = True
@@ -119,6 +128,16 @@ class Weights(_Spec):
         if self.act_order and self.group_size and not self.static_groups:
             raise ValueError(
                 "act_order visits the groups in turn; set weights.static_groups = true"
+            )
+        prunes = self.method not in ("rtn", "gptq")
+        if prunes != (self.sparsity != "none"):
+            raise ValueError(
+                f"method = {self.method} with sparsity = {self.sparsity}; obr, wanda and magnitude "
+                "prune, to 50% or 2:4, and the others do not"
+            )
+        if prunes and not self.symmetric:
+            raise ValueError(
+                f"method = {self.method} with zero points; set weights.symmetric = true"
             )
         return self
 

@@ -222,17 +222,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class OnlineHadamard:
-    """``x (I ⊗ A ⊗ B ⊗ I_inner)`` on the last axis, in float32."""
+    """``[x, 0] (I ⊗ A ⊗ B ⊗ I_inner)`` on the last axis with `zeros` zeros, in float32."""
 
     A: torch.Tensor
     B: torch.Tensor
     inner: int = 1
+    zeros: int = 0
 
     @classmethod
     def of(cls, plan: Plan, inner: int = 1) -> "OnlineHadamard":
         """The one that `plan` describes."""
         a, b = (torch.from_numpy(matrix).float() for matrix in plan.matrices())
-        return cls(a, b, inner)
+        return cls(a, b, inner, plan.padded_size - plan.size)
 
     @classmethod
     def given(cls, A: Float64, B: Float64 | None = None, inner: int = 1) -> "OnlineHadamard":
@@ -241,7 +242,8 @@ class OnlineHadamard:
         return cls(torch.from_numpy(A).float(), torch.from_numpy(b).float(), inner)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The rotated x [..., n]; n is a multiple of the matrix's order."""
+        """The rotated x [..., n]; n + zeros is a multiple of the matrix's order."""
+        x = torch.nn.functional.pad(x, (0, self.zeros)) if self.zeros else x
         folded = x.reshape(*x.shape[:-1], -1, len(self.A), len(self.B), self.inner)
         by_b = torch.einsum("...abi,bd->...adi", folded, self.B)
         return torch.einsum("...adi,ac->...cdi", by_b, self.A).reshape(x.shape)
@@ -500,9 +502,20 @@ def _fill(
 ) -> None:
     """Put the artifact's weights and the recipe's online Hadamards into `model`."""
     rotations, config = settings.recipe.rotations, model.config
+<<<<<<< HEAD
     given = Transforms.of_artifact(artifact, dimensions(config.to_dict()))
     online = _in_front_of_linears(settings.recipe, config, given)
     r3 = plan(_cache_shape(config)[1])
+=======
+    heads, size = config.num_attention_heads, _cache_shape(config)[1]
+    across, r3 = plan(heads, policy="full"), plan(size)
+    r4 = plan(config.intermediate_size, policy=rotations.r4_policy)
+    online: dict[str, OnlineHadamard] = {}
+    if rotations.heads and across.kind == "full":
+        online["o_proj"] = OnlineHadamard.of(across, inner=size)
+    if rotations.r4 and r4.kind != "none":
+        online["down_proj"] = OnlineHadamard.of(r4)
+>>>>>>> main
     for name, module in list(model.named_modules()):
         if not isinstance(module, torch.nn.Linear) or name == "lm_head":
             continue
@@ -516,11 +529,13 @@ def _fill(
             online.get(name),
             settings,
         )
-        if replacement.weight.shape != module.weight.shape:
+        out_features, in_features = module.weight.shape
+        in_features += online[last].zeros if last in online else 0
+        if tuple(replacement.weight.shape) != (out_features, in_features):
             raise InputError(
                 f"{artifact / MODEL}: initializer {weight} has shape "
                 f"{list(replacement.weight.shape[::-1])} where config.json implies "
-                f"{list(module.weight.shape[::-1])}; export again"
+                f"{[in_features, out_features]}; export again"
             )
         setattr(model.get_submodule(parent), last, replacement)
     for index, decoder_layer in enumerate(model.model.layers):

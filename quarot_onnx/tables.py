@@ -59,6 +59,23 @@ def show_forecast(found: dict[str, Any]) -> None:
     for site in found["sites"]:
         if site["reason"]:
             print(f"{site['name']}: {site['reason']}")
+    for site in found["sites"]:
+        if site["candidates"]:
+            _table(
+                f"{site['name']}, {site['where']} of {site['size']}: rotations.r4_policy",
+                ["policy", "matrix", "size", "MACs/token", "peaks / by"],
+                [
+                    [
+                        candidate["policy"] + ("" if number else " (this recipe)"),
+                        candidate["how"],
+                        str(candidate["size"]),
+                        f"{candidate['cost']:,}",
+                        f"{candidate['suppression']:.0f}",
+                    ]
+                    for number, candidate in enumerate(site["candidates"])
+                ],
+                numeric=3,
+            )
     smaller = found["float_cache_bytes_per_token"] / found["cache_bytes_per_token"]
     _table(
         "Sizes",

@@ -63,6 +63,8 @@ def _without_plugin(recipe: "Recipe") -> Iterator[str]:
             yield f"{name}.bits = {bits}: the GEMM plugin multiplies codes of 4 bits"
     if weights.bits < 16 and not weights.form.is_per_channel:
         yield "weights with groups or zero points: the GEMM plugin has a scale per output channel"
+    if weights.sparsity != "none":
+        yield "weights.sparsity: the GEMM plugin multiplies dense codes only"
     if cache.bits < 16 and cache.io == "float":
         yield "kv_cache.io = float: a cache of rounded floats has no plugin"
     elif cache.bits not in (4, 16):

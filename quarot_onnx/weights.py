@@ -104,6 +104,16 @@ class Weight(ir.TensorProtocol):
         """Transform the weight along `axis` after everything composed before."""
         self._steps.append(Step(axis, apply))
 
+    def pad_inputs(self, rows: int) -> None:
+        """Append zeros to a matrix, up to `rows` rows, on which only steps of axis 1 are composed.
+
+        Those are linear, so that zeros stay zeros.
+        """
+        assert len(self.sizes) == 2
+        assert all(step.axis % 2 == 1 for step in self._steps)
+        self._source = _PaddedSource(self._source, rows)
+        self.shape, self.raw = ir.Shape(self._source.shape), self._source
+
     def derive(self, name: str) -> "Weight":
         """A weight of its own that starts as this one is now."""
         copy = Weight(name, self._source, self.dtype)
@@ -287,6 +297,26 @@ class QuantizedWeight:
             return ir.tensor(self._parts[index], name=name)
 
         return ir.LazyTensor(take, dtype=dtype, shape=ir.Shape(shape), name=name)
+
+
+class _PaddedSource:
+    """Another source's matrix, with rows of zeros behind its own."""
+
+    def __init__(self, source: Source, rows: int) -> None:
+        self._source = source
+        self._rows = rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self._rows, self._source.shape[1])
+
+    def read(self, index: Index) -> Float64:
+        own, part = self._source.shape[0], range(self._rows)[index[0]]
+        values = np.zeros((len(part), *self._source.shape[1:]))[:, index[1]]
+        held = max(0, min(part.stop, own) - part.start)
+        if held:
+            values[:held] = self._source.read((slice(part.start, part.start + held), index[1]))
+        return values
 
 
 class ArraySource:

@@ -106,6 +106,7 @@ _OPERATORS: Mapping[str, Callable[..., Array]] = {
     "TransformHeads": lambda _, x, a: _transform(_, x, a, np.eye(x.shape[-1] // len(a))),
     "MatMul": lambda _, x, y: x @ y,
     "Mul": lambda _, x, y: x * y,
+    "Pad": lambda _, x, pads, axes: np.pad(x, [(0, 0)] * (x.ndim + axes[0]) + [tuple(pads)]),
     "RMSNormalization": _rms_normalization,
     "LayerNormalization": _layer_normalization,
     "Reshape": _reshape,

@@ -16,6 +16,7 @@ from quarot_onnx.errors import UnsupportedModelError, UsageError
 from quarot_onnx.evaluate import evaluate
 from quarot_onnx.pipeline import export
 from quarot_onnx.recipe import load_recipe
+from quarot_onnx.runtime import Cache, Ids, Logits
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = EXAMPLES / "tiny_qwen3" / "model"
@@ -154,6 +155,46 @@ def test_refuses_before_anything_runs(
     with pytest.raises(UsageError, match=message):
         compare(MODEL, tmp_path / "out", recipes, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_calibrated_recipes_look_at_the_calibration_text_and_at_no_other(tmp_path: Path) -> None:
+    small = ["calibration.windows=4", "calibration.window_length=32"]
+    found = compare(MODEL, tmp_path, ["w4a4kv4-gptq"], settings=small, **SMALL)
+    assert (found["text"], found["calibration"]) == ("embedded", "embedded")
+    assert found["baseline"] == "w4a4kv4-gptq"
+    assert found["runs"][0]["loss"] > 0
+    seen = EXAMPLES / "tiny_llama" / "calibration.txt"
+    with pytest.raises(UsageError, match="of the evaluation text was seen in calibration"):
+        compare(
+            MODEL,
+            tmp_path,
+            ["w4a4kv4-gptq"],
+            text=str(seen),
+            **{**SMALL, "count": 32, "length": 256},
+        )
+
+
+def test_the_judge_computes_each_window_once() -> None:
+    class Counting:
+        vocabulary_size = 5
+        calls = 0
+
+        def new_cache(self, batch: int) -> Cache:
+            return {}
+
+        def step(
+            self, input_ids: Ids, cache: Cache, attention_mask: Ids | None = None
+        ) -> tuple[Logits, Cache]:
+            self.calls += 1
+            return input_ids[..., None].astype(np.float32) * np.ones(5, np.float32), cache
+
+    model = Counting()
+    judge = measure_module.Remembering(model)
+    windows = np.arange(6).reshape(2, 3)
+    for part in (windows[:1], windows[1:], windows[:1]):
+        logits, _ = judge.step(part, judge.new_cache(1))
+        np.testing.assert_array_equal(logits[0, :, 0], part[0])
+    assert model.calls == 2
 
 
 def run(recipe: str, seed: int, perplexity: float, **changes: Any) -> dict[str, Any]:

@@ -132,6 +132,22 @@ def test_the_plan_counts_experts(hugging_face: HuggingFace) -> None:
     assert found.weight_bytes == codes // 2 + 4 * scales
 
 
+def test_the_plan_shows_what_each_policy_costs(tmp_path: Path) -> None:
+    options = {"moe_intermediate_size": 42, "hidden_size": 96}
+    source = models.save(models.build("qwen3-moe", **options), tmp_path / "hf")
+    recipe = load_recipe("w4a4kv4", ("rotations.r4_policy=pad",))
+    found = forecast(Checkpoint(source), recipe, "float32")
+    dense, experts = (site for site in found.sites if site.name == "R4")
+    assert (dense.size, dense.candidates) == (176, ())  # 44 * 4 has a matrix
+    assert [(c.policy, c.how, c.size, c.cost) for c in experts.candidates] == [
+        ("pad", "hadamard 44, padded to 44", 44, 2 * (44 * (1 + 44) + 2 * 96)),
+        ("full", "-", 42, 0),
+        ("block", "hadamard 2 in 21 blocks", 42, 2 * 42 * 3),
+    ]
+    assert [round(c.suppression**2) for c in experts.candidates] == [44, 1, 2]
+    assert experts.how == experts.candidates[0].how
+
+
 # --- On disk --------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,9 @@ from tests.conftest import Exported, HuggingFace
 TOKENS = np.random.default_rng(0).integers(0, 128, (2, 24))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3-head-dim", "gemma2", "opt", "gpt-neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3-head-dim", "gemma2", "opt", "gpt-neox", "mixtral"]
+)
 def test_a_rotation_leaves_no_noise_in_any_family(family: str, exported: Exported) -> None:
     float_model, rotated = exported(family, "float"), exported(family, "rotate-only")
     found = layer_noise(float_model, rotated, TOKENS, threads=1)

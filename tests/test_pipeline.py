@@ -36,7 +36,7 @@ TOKENS = np.random.default_rng(0).integers(0, 128, (2, 12))
 @cache
 def _judge(directory: Path) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_pretrained(
-        directory, attn_implementation="eager"
+        directory, attn_implementation="eager", experts_implementation="eager"
     ).eval()
 
 
@@ -140,6 +140,22 @@ def test_weights_at_the_scale_of_an_initialization_rotate_too(
     export(source, tmp_path / "out", load_recipe("rotate-only"))
     got = Decoding(tmp_path / "out" / "model.onnx", batch=2)(TOKENS)
     assert _deviation(got, _wanted(source, TOKENS)) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_padding_before_down_proj_changes_nothing(
+    tmp_path: Path, traced_once: None, family
+) -> None:
+    model = models.build(family, num_hidden_layers=1, intermediate_size=101)
+    source = models.save(model, tmp_path / "hf")
+    pad = ("rotations.r4_policy=pad",)
+    manifest = export(source, tmp_path / "out", load_recipe("rotate-only", pad))
+    reports = {report["name"]: report for report in manifest["passes"]}
+    assert reports["InsertR4"]["detail"] == "hadamard 28 x 4 of 101 padded to 112"
+    got = Decoding(tmp_path / "out" / "model.onnx", batch=2)(TOKENS)
+    assert _deviation(got, _wanted(source, TOKENS)) <= 1e-5
+    export(source, tmp_path / "quantized", load_recipe("w8a8kv8", pad))
+    assert _error(tmp_path / "quantized", _wanted(source, TOKENS)) < 0.1
 
 
 def _layer_types(family: str) -> dict[str, list[str]]:

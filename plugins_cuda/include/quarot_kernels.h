@@ -10,7 +10,8 @@
 // Rules that every entry point keeps:
 //   * it checks its arguments against the table of supported shapes (kernels/shapes.hpp) and
 //   returns a qr_status;
-//     nothing is launched when the status is not QR_OK;
+//     nothing is launched when the status is not QR_OK; sizes are checked before tensors, so that a
+//     call with x, q or k NULL returns QR_ERROR_NULL_POINTER exactly where its sizes are supported;
 //   * it never allocates, synchronizes, throws or reads device memory on the host: a call can be
 //   captured in a CUDA graph;
 //   * scratch memory is the caller's: *_workspace_size() gives its size in bytes; 256-byte
@@ -270,7 +271,7 @@ typedef struct qr_kv_attention_args {
   int32_t epilogue;  // qr_epilogue: y, or INT4 codes for o_proj
   int32_t activation_layout;
   int32_t batch, heads, kv_heads, head_dim;
-  int64_t query_tokens;  // query tokens per sequence: 1 in decode; 0 is allowed and does nothing
+  int64_t query_tokens;  // query tokens per sequence: 1 in decode
   int64_t capacity;      // of the cache
   int64_t max_length;    // upper bound of every length after the append; sets the grid, so a graph
                          // can be replayed

@@ -489,6 +489,10 @@ extern "C" QR_EXPORT int qr_transform(const qr_transform_args* a, void* stream) 
   p.n = static_cast<int>(a->n);
   p.rows = a->rows;
   QR_RETURN_IF_ERROR(plan_rows(a->hadamard, &p));
+  p.prologue = a->prologue;
+  const int source = a->prologue == QR_PROLOGUE_SILU_MUL ? kSourceGate : kSourceRow;
+  const bool wide = !fits_a_block(p, source);
+  if (wide) QR_RETURN_IF_ERROR(check_wide_transform(p));
   QR_RETURN_IF_ERROR(check_pointer(a->x));
   if (a->x_stride < a->n || a->x_stride % 8) return QR_ERROR_BAD_ARGUMENT;
   if (a->prologue == QR_PROLOGUE_SILU_MUL) {
@@ -515,13 +519,11 @@ extern "C" QR_EXPORT int qr_transform(const qr_transform_args* a, void* stream) 
   p.y = a->y;
   p.codes = a->codes;
   p.scale = a->scale;
-  p.prologue = a->prologue;
   p.epilogue = a->epilogue;
   p.layout = a->activation_layout;
   p.epsilon = a->epsilon;
   p.clip_over_qmax = a->clip_ratio / 7.f;
-  const int source = a->prologue == QR_PROLOGUE_SILU_MUL ? kSourceGate : kSourceRow;
-  if (!fits_a_block(p, source))
+  if (wide)
     return launch_wide_transform(p, a->dtype, source, a->workspace, a->workspace_bytes,
                                  static_cast<cudaStream_t>(stream));
   return launch_transform(p, a->dtype, source, static_cast<cudaStream_t>(stream));

@@ -273,12 +273,17 @@ size_t wide_workspace_bytes(const TransformParams& p) {
   return (static_cast<size_t>(p.rows) * p.n + (p.rows + 3) / 4 * 4) * sizeof(float);
 }
 
-int launch_wide_transform(const TransformParams& p, int dtype, int source, void* workspace,
-                          size_t workspace_bytes, cudaStream_t stream) {
-  if (p.rows == 0) return QR_OK;
+int check_wide_transform(const TransformParams& p) {
   // The norm of a row would need a pass of its own; online Hadamards have none in front.
   if (p.prologue == QR_PROLOGUE_RMSNORM) return QR_ERROR_UNSUPPORTED_SHAPE;
   if (p.butterflies == 0 && !p.dense[0]) return QR_ERROR_UNSUPPORTED_SHAPE;
+  WideParams w{};
+  return plan_wide(p, &w);
+}
+
+int launch_wide_transform(const TransformParams& p, int dtype, int source, void* workspace,
+                          size_t workspace_bytes, cudaStream_t stream) {
+  if (p.rows == 0) return QR_OK;
   if (workspace_bytes < wide_workspace_bytes(p)) return QR_ERROR_WORKSPACE_TOO_SMALL;
   QR_RETURN_IF_ERROR(check_pointer(workspace));
   WideParams w{};

@@ -517,8 +517,7 @@ int check_attention(const qr_kv_attention_args& a) {
   if (a.heads < 1 || a.heads % a.kv_heads || a.heads > 1024) return QR_ERROR_UNSUPPORTED_SHAPE;
   const int64_t n = static_cast<int64_t>(a.heads) * a.head_dim;
   if (n % kBlock || n > 16384) return QR_ERROR_UNSUPPORTED_SHAPE;
-  if (a.query_tokens < 0 || a.max_length < std::max<int64_t>(1, a.query_tokens) ||
-      a.max_length > a.capacity)
+  if (a.query_tokens < 1 || a.max_length < a.query_tokens || a.max_length > a.capacity)
     return QR_ERROR_UNSUPPORTED_SHAPE;
   if (a.split_kv < 0 || a.split_kv > kMaxSplits) return QR_ERROR_BAD_ARGUMENT;
   if (a.epilogue != QR_EPILOGUE_STORE && a.epilogue != QR_EPILOGUE_QUANTIZE)
@@ -530,7 +529,6 @@ int check_attention(const qr_kv_attention_args& a) {
 
 AttentionPlan plan_attention(const qr_kv_attention_args& a) {
   AttentionPlan plan{};
-  if (a.query_tokens == 0) return plan;
   const int64_t rows = static_cast<int64_t>(a.batch) * a.query_tokens;
   const int64_t n = static_cast<int64_t>(a.heads) * a.head_dim;
   plan.decode = a.query_tokens <= kMaxDecodeQueries;
@@ -624,7 +622,6 @@ extern "C" QR_EXPORT int qr_kv_attention(const qr_kv_attention_args* a, void* st
   t.y = a->y;
   t.codes = a->codes;
   t.scale = a->scale;
-  if (a->query_tokens == 0) return QR_OK;
 
   AttentionParams p{};
   p.q = a->q;

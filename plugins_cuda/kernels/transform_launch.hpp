@@ -15,6 +15,8 @@ bool fits_a_block(const TransformParams& p, int source);
 
 // hadamard_wide.cu. The workspace of a wide row's transform.
 size_t wide_workspace_bytes(const TransformParams& p);
+// Of what plan_rows accepted, what a wide row cannot have. A qr_status.
+int check_wide_transform(const TransformParams& p);
 int launch_wide_transform(const TransformParams& p, int dtype, int source, void* workspace,
                           size_t workspace_bytes, cudaStream_t stream);
 

@@ -55,9 +55,8 @@ class KvAppend : public Operator {
   }
 
   void checkShapes(Attributes const& attributes, Call const& call) const override {
-    qr_kv_append_args args = arguments(attributes, call);
-    args.tokens = 0;  // everything is checked, nothing is launched
-    launch(args, call.stream);
+    qr_kv_append_args const args = arguments(attributes, call);
+    requireSizes(qr_kv_append(&args, call.stream), "qr_kv_append", sizes(args));
   }
 
   size_t workspaceSize(Attributes const&, Call const&) const override { return 0; }
@@ -68,14 +67,14 @@ class KvAppend : public Operator {
         throw Refusal{std::string(outputs()[i].name) + " does not lie in the memory of " +
                       inputs()[i + 1].name +
                       "; build the engine with the preview feature ALIASED_PLUGIN_IO_10_03"};
-    launch(arguments(attributes, call), call.stream);
+    qr_kv_append_args const args = arguments(attributes, call);
+    require(qr_kv_append(&args, call.stream), "qr_kv_append", sizes(args));
   }
 
  private:
-  static void launch(qr_kv_append_args const& args, cudaStream_t stream) {
-    require(qr_kv_append(&args, stream), "qr_kv_append",
-            "head_dim=" + std::to_string(args.head_dim) +
-                ", capacity=" + std::to_string(args.capacity));
+  static std::string sizes(qr_kv_append_args const& args) {
+    return "head_dim=" + std::to_string(args.head_dim) +
+           ", capacity=" + std::to_string(args.capacity);
   }
 
   qr_kv_append_args arguments(Attributes const& attributes, Call const& call) const {
@@ -97,11 +96,11 @@ class KvAppend : public Operator {
     args.strides[2] = headDim;
     args.rotate_k = value(attributes, "rotate").integer;
     args.clip_ratio = value(attributes, "clip_ratio").real;
-    bool const known = call.inputs && call.outputs;
-    args.k = known ? call.inputs[0] : nowhere();  // v is null: this node has one tensor
-    args.lengths = static_cast<int32_t const*>(known ? call.inputs[4] : nowhere());
-    args.key = known ? cacheOf(call.outputs[0], call.outputs[1], call.outputs[2])
-                     : cacheOf(nowhere(), nowhere(), nowhere());
+    if (call.inputs && call.outputs) {
+      args.k = call.inputs[0];  // v stays null: a node has one tensor
+      args.lengths = static_cast<int32_t const*>(call.inputs[4]);
+      args.key = cacheOf(call.outputs[0], call.outputs[1], call.outputs[2]);
+    }
     return args;
   }
 };
@@ -134,9 +133,8 @@ class KvAttention : public Operator {
   }
 
   void checkShapes(Attributes const& attributes, Call const& call) const override {
-    qr_kv_attention_args args = arguments(attributes, call);
-    args.query_tokens = 0;  // everything is checked, nothing is launched
-    launch(args, call.stream);
+    qr_kv_attention_args const args = arguments(attributes, call);
+    requireSizes(qr_kv_attention(&args, call.stream), "qr_kv_attention", sizes(args));
   }
 
   size_t workspaceSize(Attributes const& attributes, Call const& call) const override {
@@ -145,15 +143,17 @@ class KvAttention : public Operator {
   }
 
   void enqueue(Attributes const& attributes, Call const& call) const override {
-    launch(arguments(attributes, call), call.stream);
+    qr_kv_attention_args const args = arguments(attributes, call);
+    require(qr_kv_attention(&args, call.stream), "qr_kv_attention", sizes(args));
   }
 
  private:
-  static void launch(qr_kv_attention_args const& args, cudaStream_t stream) {
-    require(qr_kv_attention(&args, stream), "qr_kv_attention",
-            "heads=" + std::to_string(args.heads) + ", kv_heads=" + std::to_string(args.kv_heads) +
-                ", head_dim=" + std::to_string(args.head_dim) + ", capacity=" +
-                std::to_string(args.capacity) + ", length=" + std::to_string(args.max_length));
+  static std::string sizes(qr_kv_attention_args const& args) {
+    return "heads=" + std::to_string(args.heads) + ", kv_heads=" + std::to_string(args.kv_heads) +
+           ", head_dim=" + std::to_string(args.head_dim) +
+           ", query_tokens=" + std::to_string(args.query_tokens) +
+           ", capacity=" + std::to_string(args.capacity) +
+           ", length=" + std::to_string(args.max_length);
   }
 
   qr_kv_attention_args arguments(Attributes const& attributes, Call const& call) const {
@@ -185,16 +185,15 @@ class KvAttention : public Operator {
     args.softmax_scale = value(attributes, "scale").real;
     args.rotate_q = value(attributes, "rotate").integer;
     args.clip_ratio = 1.F;  // of an epilogue that is not used
-    bool const known = call.inputs && call.outputs;
-    auto const input = [&](int32_t i) {
-      return known ? const_cast<void*>(call.inputs[i]) : nowhere();
-    };
-    args.q = input(0);
-    args.key = cacheOf(input(1), input(2), input(3));
-    args.value = cacheOf(input(4), input(5), input(6));
-    args.lengths = static_cast<int32_t const*>(input(7));
-    if (call.nbInputs == 9) args.mask = static_cast<uint8_t const*>(input(8));
-    args.y = known ? call.outputs[0] : nowhere();
+    if (call.inputs && call.outputs) {
+      auto const input = [&](int32_t i) { return const_cast<void*>(call.inputs[i]); };
+      args.q = input(0);
+      args.key = cacheOf(input(1), input(2), input(3));
+      args.value = cacheOf(input(4), input(5), input(6));
+      args.lengths = static_cast<int32_t const*>(input(7));
+      if (call.nbInputs == 9) args.mask = static_cast<uint8_t const*>(input(8));
+      args.y = call.outputs[0];
+    }
     args.workspace = call.workspace;
     args.workspace_bytes = call.workspaceBytes;
     return args;

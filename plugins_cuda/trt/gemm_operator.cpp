@@ -37,7 +37,7 @@ class Int4Gemm : public Operator {
 
   void checkShapes(Attributes const& attributes, Call const& call) const override {
     qr_gemm_args const args = arguments(attributes, call);
-    require(run(args, 0, call.stream), "qr_gemm", sizes(args));
+    requireSizes(qr_gemm(&args, call.stream), "qr_gemm", sizes(args));
   }
 
   size_t workspaceSize(Attributes const& attributes, Call const& call) const override {
@@ -50,15 +50,10 @@ class Int4Gemm : public Operator {
     qr_gemm_args const args = arguments(attributes, call);
     require(qr_gemm_workspace_init(args.workspace, args.workspace_bytes, call.stream),
             "qr_gemm_workspace_init", std::to_string(args.workspace_bytes) + " bytes");
-    require(run(args, args.m, call.stream), "qr_gemm", sizes(args));
+    require(qr_gemm(&args, call.stream), "qr_gemm", sizes(args));
   }
 
  private:
-  static int run(qr_gemm_args args, int64_t tokens, cudaStream_t stream) {
-    args.m = tokens;  // 0: everything is checked, nothing is launched
-    return qr_gemm(&args, stream);
-  }
-
   static std::string sizes(qr_gemm_args const& args) {
     return "m=" + std::to_string(args.m) + ", n=" + std::to_string(args.n) +
            ", k=" + std::to_string(args.k);
@@ -92,14 +87,14 @@ class Int4Gemm : public Operator {
     requireDims("w", call.in[2].dims, {ceilDiv(args.n, 64), 2 * ceilDiv(args.k, 128), 4, 32, 16});
     if (call.nbInputs == 5) requireDims("bias", call.in[4].dims, {args.n});
 
-    bool const known = call.inputs && call.outputs;
-    args.q = known ? call.inputs[0] : nowhere();
-    args.scale = static_cast<float const*>(known ? call.inputs[1] : nowhere());
-    args.w = known ? call.inputs[2] : nowhere();
-    args.w_scale = static_cast<float const*>(known ? call.inputs[3] : nowhere());
-    if (call.nbInputs == 5)
-      args.bias = static_cast<float const*>(known ? call.inputs[4] : nowhere());
-    args.y = known ? call.outputs[0] : nowhere();
+    if (call.inputs && call.outputs) {
+      args.q = call.inputs[0];
+      args.scale = static_cast<float const*>(call.inputs[1]);
+      args.w = call.inputs[2];
+      args.w_scale = static_cast<float const*>(call.inputs[3]);
+      if (call.nbInputs == 5) args.bias = static_cast<float const*>(call.inputs[4]);
+      args.y = call.outputs[0];
+    }
     args.workspace = call.workspace;
     args.workspace_bytes = call.workspaceBytes;
     return args;

@@ -30,28 +30,10 @@ int32_t registerAll(void* registry) noexcept {
   return registerCreators(creators().data(), static_cast<int32_t>(creators().size()), registry);
 }
 
-char const* nameOf(Type type) {
-  switch (type) {
-    case Type::kFLOATING:
-      return "HALF, BF16";
-    case Type::kCHOSEN:
-      return "dtype";
-    case Type::kINT8:
-      return "INT8";
-    case Type::kINT32:
-      return "INT32";
-    case Type::kFLOAT:
-      return "FLOAT";
-    case Type::kBOOL:
-      return "BOOL";
-  }
-  return "";
-}
-
 std::string quoted(std::string const& text) { return "\"" + text + "\""; }
 
 std::string json(TensorSpec const& spec) {
-  return "{\"name\": " + quoted(spec.name) + ", \"type\": " + quoted(nameOf(spec.type)) +
+  return "{\"name\": " + quoted(spec.name) + ", \"type\": " + quoted(typeNames(spec.type)) +
          ", \"shape\": " + quoted(spec.shape) +
          ", \"optional\": " + (spec.optional ? "true" : "false") +
          ", \"alias\": " + std::to_string(spec.alias) + "}";

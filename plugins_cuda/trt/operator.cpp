@@ -101,6 +101,24 @@ std::string AttributeSpec::allowed() const {
   return out;
 }
 
+char const* typeNames(Type type) {
+  switch (type) {
+    case Type::kFLOATING:
+      return "HALF, BF16";
+    case Type::kCHOSEN:
+      return "dtype";
+    case Type::kINT8:
+      return "INT8";
+    case Type::kINT32:
+      return "INT32";
+    case Type::kFLOAT:
+      return "FLOAT";
+    case Type::kBOOL:
+      return "BOOL";
+  }
+  return "";
+}
+
 int32_t Operator::requiredInputs() const {
   return static_cast<int32_t>(
       std::count_if(mInputs.begin(), mInputs.end(), [](auto const& i) { return !i.optional; }));
@@ -202,6 +220,10 @@ void require(int status, char const* call, std::string const& sizes) {
   if (status != QR_OK)
     throw Refusal{std::string(call) + "(" + sizes + "): " + qr_status_string(status) +
                   "; see the supported shapes in docs/kernels.md"};
+}
+
+void requireSizes(int status, char const* call, std::string const& sizes) {
+  if (status != QR_ERROR_NULL_POINTER) require(status, call, sizes);
 }
 
 int32_t requireSymbolicRank(char const* name, nvinfer1::DimsExprs const& dims, int32_t least) {

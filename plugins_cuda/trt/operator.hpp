@@ -23,6 +23,9 @@ enum class Type {
   kBOOL
 };
 
+// For people: "HALF, BF16", or "dtype" where that attribute decides.
+char const* typeNames(Type type);
+
 struct TensorSpec {
   char const* name;
   Type type;
@@ -131,14 +134,12 @@ void requireDims(char const* name, nvinfer1::Dims const& dims, std::vector<int64
 int64_t leading(nvinfer1::Dims const& dims, int32_t last);
 // Throws Refusal with the kernels' words unless the status is QR_OK.
 void require(int status, char const* call, std::string const& sizes);
+// The same for a call without tensors, which says whether the kernels take its sizes.
+void requireSizes(int status, char const* call, std::string const& sizes);
 // Rank of a symbolic shape; throws Refusal outside of `least`..MAX_DIMS.
 int32_t requireSymbolicRank(char const* name, nvinfer1::DimsExprs const& dims, int32_t least);
 
 // qr_dtype of a floating tensor.
 int32_t kernelDtype(nvinfer1::DataType type);
-
-// Memory that is only looked at for being there: kernels check pointers before sizes of zero
-// return.
-inline void* nowhere() { return reinterpret_cast<void*>(uintptr_t{256}); }
 
 }  // namespace quarot

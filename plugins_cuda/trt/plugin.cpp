@@ -77,12 +77,7 @@ class Plugin final : public nvinfer1::IPluginV3,
 
   nvinfer1::IPluginV3* clone() noexcept override {
     nvinfer1::IPluginV3* copy = nullptr;
-    guarded(mOperator, mLayer, [&] {
-      auto* const plugin = new Plugin(mOperator, mAttributes, mLayer);
-      plugin->mNbInputs = mNbInputs;
-      plugin->mWorkspaceBytes = mWorkspaceBytes;
-      copy = plugin;
-    });
+    guarded(mOperator, mLayer, [&] { copy = new Plugin(mOperator, mAttributes, mLayer); });
     return copy;
   }
 
@@ -101,11 +96,7 @@ class Plugin final : public nvinfer1::IPluginV3,
     return guarded(mOperator, mLayer, [&] {
       requireCounts(nbInputs, given);
       requirePointers({outputTypes, inputTypes});
-      for (int32_t i = 0; i < nbInputs; i++)
-        if (!allows(mOperator.inputs()[i].type, inputTypes[i], inputTypes[0]))
-          throw Refusal{std::string(mOperator.inputs()[i].name) + " has data type " +
-                        std::to_string(static_cast<int32_t>(inputTypes[i])) +
-                        "; allowed: " + typeNames(mOperator.inputs()[i].type)};
+      for (int32_t i = 0; i < nbInputs; i++) requireType(i, inputTypes[i], inputTypes[0]);
       for (int32_t i = 0; i < given; i++)
         outputTypes[i] = typeOf(mOperator.outputs()[i].type, inputTypes[0]);
     });
@@ -142,7 +133,6 @@ class Plugin final : public nvinfer1::IPluginV3,
       requirePointers({in, out});
       std::vector<PluginTensorDesc> sizes = largest(in, nbInputs);
       mOperator.checkShapes(mAttributes, callOf(sizes.data(), nbInputs));
-      mNbInputs = nbInputs;
     });
   }
 
@@ -176,7 +166,7 @@ class Plugin final : public nvinfer1::IPluginV3,
     return guarded(mOperator, mLayer, [&] {
       requireCounts(nbInputs, given);
       requirePointers({in, out});
-      requireTypes(in, nbInputs);
+      for (int32_t i = 0; i < nbInputs; i++) requireType(i, in[i].type, in[0].type);
       Call const call = callOf(in, nbInputs);
       mOperator.checkShapes(mAttributes, call);
       mWorkspaceBytes = mOperator.workspaceSize(mAttributes, call);
@@ -242,12 +232,15 @@ class Plugin final : public nvinfer1::IPluginV3,
       if (!pointer) throw Refusal{"a null pointer; give the tensors' memory"};
   }
 
-  void requireTypes(PluginTensorDesc const* in, int32_t nbInputs) const {
-    for (int32_t i = 0; i < nbInputs; i++)
-      if (!allows(mOperator.inputs()[i].type, in[i].type, in[0].type))
-        throw Refusal{std::string(mOperator.inputs()[i].name) + " has data type " +
-                      std::to_string(static_cast<int32_t>(in[i].type)) +
-                      "; allowed: " + typeNames(mOperator.inputs()[i].type)};
+  void requireType(int32_t input, DataType given, DataType first) const {
+    TensorSpec const& spec = mOperator.inputs()[input];
+    if (!allows(spec.type, given, first))
+      throw Refusal{std::string(spec.name) + " has data type " +
+                    std::to_string(static_cast<int32_t>(given)) +
+                    "; allowed: " + typeNames(spec.type) +
+                    (spec.type == Type::kFLOATING
+                         ? ", one of them in all inputs (export with --dtype float16 or bfloat16)"
+                         : "")};
   }
 
   // `first` is the type of input 0, which every floating operator has as its floating type.
@@ -267,24 +260,6 @@ class Plugin final : public nvinfer1::IPluginV3,
         return given == DataType::kBOOL;
     }
     return false;
-  }
-
-  static char const* typeNames(Type type) {
-    switch (type) {
-      case Type::kFLOATING:
-        return "HALF or BF16, as input 0 (export with --dtype float16 or bfloat16)";
-      case Type::kCHOSEN:
-        return "HALF or BF16";
-      case Type::kINT8:
-        return "INT8";
-      case Type::kINT32:
-        return "INT32";
-      case Type::kFLOAT:
-        return "FLOAT";
-      case Type::kBOOL:
-        return "BOOL";
-    }
-    return "";
   }
 
   DataType typeOf(Type type, DataType first) const {

@@ -30,11 +30,8 @@ class Transform : public Operator {
   }
 
   void checkShapes(Attributes const& attributes, Call const& call) const override {
-    qr_transform_args args = arguments(attributes, call);
-    args.rows = 0;  // everything is checked, nothing is launched
-    args.workspace = nowhere();
-    args.workspace_bytes = SIZE_MAX;
-    launch(args, call.stream);
+    qr_transform_args const args = arguments(attributes, call);
+    requireSizes(qr_transform(&args, call.stream), "qr_transform", sizes(args));
   }
 
   size_t workspaceSize(Attributes const& attributes, Call const& call) const override {
@@ -43,7 +40,8 @@ class Transform : public Operator {
   }
 
   void enqueue(Attributes const& attributes, Call const& call) const override {
-    launch(arguments(attributes, call), call.stream);
+    qr_transform_args const args = arguments(attributes, call);
+    require(qr_transform(&args, call.stream), "qr_transform", sizes(args));
   }
 
  protected:
@@ -52,8 +50,8 @@ class Transform : public Operator {
                         qr_transform_args* args) const = 0;
 
  private:
-  static void launch(qr_transform_args const& args, cudaStream_t stream) {
-    require(qr_transform(&args, stream), "qr_transform", "n=" + std::to_string(args.n));
+  static std::string sizes(qr_transform_args const& args) {
+    return "rows=" + std::to_string(args.rows) + ", n=" + std::to_string(args.n);
   }
 
   qr_transform_args arguments(Attributes const& attributes, Call const& call) const {
@@ -63,7 +61,7 @@ class Transform : public Operator {
     args.dtype = kernelDtype(call.in[0].type);
     args.n = args.x_stride = dims.d[dims.nbDims - 1];
     args.rows = leading(dims, 1);
-    args.x = call.inputs ? call.inputs[0] : nowhere();
+    if (call.inputs) args.x = call.inputs[0];
     args.workspace = call.workspace;
     args.workspace_bytes = call.workspaceBytes;
 
@@ -87,8 +85,10 @@ class Transform : public Operator {
                                     nullptr, nullptr, &args.hadamard),
               "qr_make_hadamard_plan", "inner=" + std::to_string(inner));
     }
+    // A plan with dense factors has signs, whose bits nobody looks at while only sizes are known.
+    alignas(16) static uint32_t const kNO_SIGNS[4]{};
     if (words > 0)
-      args.hadamard.signs = static_cast<uint32_t const*>(call.inputs ? call.inputs[1] : nowhere());
+      args.hadamard.signs = call.inputs ? static_cast<uint32_t const*>(call.inputs[1]) : kNO_SIGNS;
     epilogue(attributes, call, &args);
     return args;
   }
@@ -113,7 +113,7 @@ class Hadamard : public Transform {
 
   void epilogue(Attributes const&, Call const& call, qr_transform_args* args) const override {
     args->epilogue = QR_EPILOGUE_STORE;
-    args->y = call.outputs ? call.outputs[0] : nowhere();
+    if (call.outputs) args->y = call.outputs[0];
   }
 
  private:
@@ -167,8 +167,9 @@ class QuantizeInt4 : public Transform {
     args->epilogue = QR_EPILOGUE_QUANTIZE;
     args->activation_layout = value(attributes, "activation_layout").integer;
     args->clip_ratio = value(attributes, "clip_ratio").real;
-    args->codes = call.outputs ? call.outputs[0] : nowhere();
-    args->scale = static_cast<float*>(call.outputs ? call.outputs[1] : nowhere());
+    if (!call.outputs) return;
+    args->codes = call.outputs[0];
+    args->scale = static_cast<float*>(call.outputs[1]);
   }
 };
 

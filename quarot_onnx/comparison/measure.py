@@ -33,10 +33,11 @@ from quarot_onnx.pages import pooled
 from quarot_onnx.pipeline import export
 from quarot_onnx.recipe import Recipe, load_recipe
 from quarot_onnx.reference import HuggingFaceModel
-from quarot_onnx.runtime import Ids, OnnxModel, load_tokenizer
+from quarot_onnx.runtime import Cache, CausalModel, Ids, Logits, OnnxModel, load_tokenizer
 from quarot_onnx.texts import calibration_windows, evaluation_windows, require_disjoint
 
 OBSERVED_TOKENS = 512  # of the evaluation text, at most: layers, sites and surfaces are of these
+REMEMBERED_BYTES = 1 << 30  # of the judge's logits, at most
 ORIGINAL = "float"
 """The preset of the model as it is; its surfaces are the atlas before."""
 
@@ -114,9 +115,9 @@ class Bench:
         return Calibration.of(found.tokens, found.source)
 
     @cached_property
-    def original(self) -> HuggingFaceModel:
+    def original(self) -> "Remembering":
         """The judge."""
-        return HuggingFaceModel(self.model_dir, threads=self.threads)
+        return Remembering(HuggingFaceModel(self.model_dir, threads=self.threads))
 
     @cached_property
     def observed(self) -> Ids:
@@ -216,6 +217,36 @@ class Bench:
             "layer": self.before.layer,
             "sizes": sizes,
         }
+
+
+class Remembering:
+    """A `CausalModel` that computes each prefill once, as far as its logits fit in memory."""
+
+    def __init__(self, model: CausalModel) -> None:
+        self._model = model
+        self._found: dict[bytes, Logits] = {}
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many logits there are for a token."""
+        return self._model.vocabulary_size
+
+    def new_cache(self, batch: int) -> Cache:
+        """An empty cache for `batch` rows."""
+        return self._model.new_cache(batch)
+
+    def step(
+        self, input_ids: Ids, cache: Cache, attention_mask: Ids | None = None
+    ) -> tuple[Logits, Cache]:
+        """Logits [B, S, vocabulary] of `input_ids` [B, S] behind an empty cache."""
+        key = input_ids.tobytes()
+        logits = self._found.get(key)
+        if logits is None:
+            logits, cache = self._model.step(input_ids, cache, attention_mask)
+            held = sum(found.nbytes for found in self._found.values())
+            if held + logits.nbytes <= REMEMBERED_BYTES:
+                self._found[key] = logits
+        return logits, cache
 
 
 _Sites = Mapping[str, Mapping[str, float | None]]

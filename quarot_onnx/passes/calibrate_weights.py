@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize weights by what reaches them: GPTQ, layer by layer.
+"""Quantize weights by what reaches them, layer by layer: GPTQ, and OBR where half are pruned.
 
     before:  y = x @ W
     after:   y = (x @ codes) * scale          codes close to W where E|x @ dW|^2 says it matters
@@ -23,6 +23,7 @@ from quarot_onnx.passes.base import Effect, Pass, Report
 from quarot_onnx.passes.quantize_weights import float_routers, hold_codes, stored
 from quarot_onnx.quantizers.gptq import gptq, output_power
 from quarot_onnx.quantizers.grid import Codes, nearest
+from quarot_onnx.quantizers.pruning import Mask, mask_of, obr
 from quarot_onnx.recipe import Weights
 from quarot_onnx.weights import Float64
 
@@ -67,7 +68,8 @@ class CalibrateWeightsPass(Pass):
                 records.append(record)
                 if record["tokens"] < _FEW_TOKENS:
                     skipped.setdefault(_FEW, []).append(record["site"])
-        detail = f"{self.weights.form.describe()}, {self.weights.method}"
+        sparsity = "" if self.weights.sparsity == "none" else f", {self.weights.sparsity} sparse"
+        detail = f"{self.weights.form.describe()}, {self.weights.method}{sparsity}"
         return self.report(len(self.decoder.linears), detail, skipped, records)
 
     def _quantize(self, run: LayerRun) -> list[dict[str, Any]]:
@@ -85,22 +87,19 @@ class CalibrateWeightsPass(Pass):
 
     def _round(self, linear: Linear, hessian: Float64, tokens: int) -> dict[str, Any]:
         weight, form = linear.weight.float64(), self.weights.form
-        plain = nearest(weight, form)
-        found = plain
-        if tokens >= _FEW_TOKENS:
-            found = gptq(
-                weight,
-                hessian,
-                form,
-                damping=self.weights.damping,
-                block_size=self.weights.block_size,
-                act_order=self.weights.act_order,
-                static_groups=self.weights.static_groups,
-            )
+        few = tokens < _FEW_TOKENS
+        keep = None
+        if self.weights.sparsity != "none":
+            seen = None if few or self.weights.method == "magnitude" else hessian
+            keep = mask_of(weight, seen, self.weights.sparsity)
+        plain = nearest(weight if keep is None else np.where(keep, weight, 0), form)
+        found = plain if few else self._made_up(weight, hessian, keep)
         self.journal.keep(linear.weight.name, found.codes)
         self.journal.keep(f"{linear.weight.name}_scale", found.scale)
         self.journal.keep(f"{linear.weight.name}_zero", found.zero)
         self._hold(linear)
+        if keep is not None:
+            self.journal.keep(f"{linear.weight.name}_keep", np.packbits(keep, axis=0))
         power = output_power(weight, hessian)
         return {
             "site": linear.module,
@@ -108,6 +107,21 @@ class CalibrateWeightsPass(Pass):
             "snr_db": _snr_db(weight, found, hessian, power),
             "rtn_snr_db": _snr_db(weight, plain, hessian, power),
         }
+
+    def _made_up(self, weight: Float64, hessian: Float64, keep: Mask | None) -> Codes:
+        """Codes of which each makes up for the errors before it."""
+        if keep is not None and self.weights.method == "obr":
+            return obr(weight, hessian, keep, self.weights.form, damping=self.weights.damping)
+        return gptq(
+            weight if keep is None else np.where(keep, weight, 0),
+            hessian,
+            self.weights.form,
+            damping=self.weights.damping,
+            block_size=self.weights.block_size,
+            act_order=self.weights.act_order,
+            static_groups=self.weights.static_groups,
+            keep=keep,
+        )
 
     def _hold(self, linear: Linear) -> None:
         """Put the journal's codes in the place of the linear's weight."""

@@ -8,14 +8,22 @@ The function does not change. The input of down_proj is a product of activations
 rotation can reach; it has the largest outliers of a layer (QuaRot, section 3, stage 1a). The
 experts of a mixture have one size and one H: one node turns the rows of all of them before they are
 grouped, and every expert's weight takes the inverse.
+
+Where no Hadamard matrix of the size exists, blocks of it are rotated, or zeros are appended:
+
+    after:   y = ([x, 0] H) @ (H.T @ [W; 0])            H of the next size that has a matrix
+
+which mixes all features, at the price of the padded columns ("dimension expansion").
 """
 
+from dataclasses import replace
 from functools import partial
 
 import onnx_ir as ir
 
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.hadamard import Plan, Policy, plan
+from quarot_onnx.handles import is_grouping
 from quarot_onnx.passes.base import Effect, Pass, Report
 from quarot_onnx.passes.online import describe, insert_hadamard, module_of
 
@@ -42,14 +50,25 @@ class InsertR4Pass(Pass):
         turned: set[ir.Node] = set()
         skipped: dict[str, list[str]] = {}
         for down in self.downs:
-            found = self.plans[down.in_features]
+            size = down.in_features
+            found = self.plans[size]
             if found.kind == "none":
                 skipped.setdefault(found.reason, []).append(down.name)
                 continue
             place = down.grouping or down.node
+            if found.kind == "padded":
+                down.pad_inputs(found.padded_size)
+                found = replace(found, size=found.padded_size)  # of what is padded already
             if place not in turned:
-                insert_hadamard(self.decoder.model, place, 0, found, f"{module_of(place)}/R4")
+                self._insert(place, self.plans[size])
                 turned.add(place)
             down.weight.compose(0, partial(found.apply, axis=0))
         used = [found for found in self.plans.values() if found.kind != "none"]
         return self.report(len(turned), "; ".join(describe(found) for found in used), skipped)
+
+    def _insert(self, place: ir.Node, found: Plan) -> None:
+        """Turn what `place` reads: a linear's input, or the rows that it groups for experts."""
+        insert_hadamard(self.decoder.model, place, 0, found, f"{module_of(place)}/R4")
+        for rows in place.outputs if is_grouping(place) else ():
+            assert rows.shape is not None
+            rows.shape = ir.Shape([*rows.shape[:-1], found.padded_size])

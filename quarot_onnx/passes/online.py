@@ -15,6 +15,8 @@ from quarot_onnx.weights import ArraySource, Float64, Weight
 def describe(plan: Plan) -> str:
     """The factors, and the block size where it is not the whole dimension."""
     text = f"hadamard {' x '.join(str(factor) for factor in plan.factors)}"
+    if plan.kind == "padded":
+        return f"{text} of {plan.size} padded to {plan.padded_size}"
     return text if plan.kind == "full" else f"{text} in blocks of {plan.block_size}"
 
 
@@ -24,7 +26,9 @@ def module_of(node: ir.Node) -> str:
 
 
 def insert_hadamard(model: ir.Model, node: ir.Node, position: int, plan: Plan, name: str) -> None:
-    """Rotate input `position` of `node` by `plan` along its last axis."""
+    """Rotate input `position` of `node` by `plan` along its last axis, padded where it says so."""
+    if plan.kind == "padded":
+        _pad(model, node, position, plan, f"{name}/Pad")
     a, b = plan.matrices()
     matrices = [
         _shared(model, f"quarot.hadamard.{_order(plan)}.{side}", matrix)
@@ -58,6 +62,37 @@ def insert_head_transform(
     """Multiply input `position` of `node` by ``M ⊗ I``: across the heads of its last axis."""
     value = _own(model, f"quarot{name.replace('/', '.')}.A", matrix)
     _insert(model, node, position, "TransformHeads", [value], {}, name)
+
+
+def _pad(model: ir.Model, node: ir.Node, position: int, plan: Plan, name: str) -> None:
+    """Append zeros to the last axis of input `position` of `node`."""
+    x = node.inputs[position]
+    assert x is not None
+    assert x.shape is not None
+    zeros = plan.padded_size - plan.size
+    constants = [
+        _constant(model, f"quarot.pad.{zeros}", [0, zeros]),
+        None,
+        _constant(model, "quarot.pad.axis", [-1]),
+    ]
+    padded = ir.node("Pad", [x, *constants], {"mode": "constant"}, name=name)
+    padded.outputs[0].name = f"{name}_output_0"
+    padded.outputs[0].type = x.type
+    padded.outputs[0].shape = ir.Shape([*x.shape[:-1], plan.padded_size])
+    model.graph.insert_before(node, padded)
+    node.replace_input_with(position, padded.outputs[0])
+
+
+def _constant(model: ir.Model, name: str, numbers: list[int]) -> ir.Value:
+    """The int64 initializer `name`, one for all sites."""
+    if name not in model.graph.initializers:
+        tensor = ir.tensor(np.array(numbers, np.int64), name=name)
+        value = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(numbers)])
+        )
+        value.const_value = tensor
+        model.graph.initializers[name] = value
+    return model.graph.initializers[name]
 
 
 def _order(plan: Plan) -> str:

@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,9 +76,29 @@ def find_nvcc() -> Path:
         if candidate.is_file():
             return candidate
     raise MissingDependencyError(
-        "kernels: no nvcc in CUDA_HOME, on PATH or in an nvidia-cuda-nvcc wheel;"
-        " install the CUDA toolkit 12.8 or later"
+        "kernels: no nvcc in CUDA_HOME, on PATH or in an nvidia-cuda-nvcc wheel; install the CUDA"
+        " toolkit 12.8 or later, or pip install nvidia-cuda-nvcc nvidia-cuda-runtime"
+        " nvidia-cuda-cccl"
     )
+
+
+def cuda_include(nvcc: Path) -> Path:
+    """The include directory of the toolkit that an nvcc, which may be a script, belongs to.
+
+    Raises:
+        MissingDependencyError: nvcc does not say.
+    """
+    said = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stderr
+    if not (top := re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)):
+        raise MissingDependencyError(
+            f"kernels: {nvcc} --dryrun names no toolkit directory; set CUDA_HOME to the toolkit"
+        )
+    return Path(top[1]).resolve() / "include"
 
 
 def build(
@@ -133,7 +154,7 @@ def build_plugins(
     directory = build_directory() / _kernels_digest(source, target, options)
     include = tensorrt_include or os.environ.get("TRT_INCLUDE")
     if include:
-        options.append(f"TRT_INCLUDE={include}")
+        options += [f"TRT_INCLUDE={include}", f"CUDA_INCLUDE={cuda_include(find_nvcc())}"]
     build_id = plugins_digest(target, options)
     place = directory / f"plugins-{build_id}"
     options += [f"BUILD_ID={build_id}", f"PLUGIN_BUILD={place}"]

@@ -42,7 +42,7 @@ class PluginLibrary:
         architectures: what it has native code for, as in ``sm_90a``; ``("cpu",)`` if emulated.
         build_id: of its sources and options; a part of every timing cache ID.
         plugins: name -> inputs, outputs and attributes, as the library describes them.
-        is_current: whether it was built from the sources that lie here.
+        is_current: whether it was built from the sources that lie here; true where none do.
     """
 
     path: Path
@@ -148,7 +148,6 @@ def verify(path: Path) -> PluginLibrary:
             f"{path}: ABI version is {described['abi_version']} and this package has"
             f" {ABI_VERSION}; run make plugins"
         )
-    target: build.Target = "cuda" if described["backend"] == "cuda" else "cpu"
     return PluginLibrary(
         path,
         digest,
@@ -156,7 +155,7 @@ def verify(path: Path) -> PluginLibrary:
         tuple(described["architectures"].split()),
         described["build_id"],
         described["plugins"],
-        stated.get("sources") == build.plugins_digest(target),
+        _is_current(described["backend"], stated.get("sources")),
     )
 
 
@@ -171,6 +170,13 @@ def load(target: build.Target = "cuda") -> PluginLibrary:
     found = find(target)
     _open(found.path).quarotRegisterPlugins(None)
     return found
+
+
+def _is_current(backend: str, sources: str) -> bool:
+    try:
+        return sources == build.plugins_digest("cuda" if backend == "cuda" else "cpu")
+    except MissingDependencyError:  # no sources, as in an installed wheel
+        return True
 
 
 def _beside(path: Path) -> Path:

@@ -7,6 +7,7 @@ upper triangular factor of ``inverse(H) = U.T @ U`` (GPTQ, arXiv 2210.17323, sec
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quarot_onnx.errors import InputError
 from quarot_onnx.quantizers.form import Form
@@ -26,6 +27,7 @@ def gptq(
     block_size: int = 128,
     act_order: bool = False,
     static_groups: bool = False,
+    keep: NDArray[np.bool_] | None = None,
 ) -> Codes:
     """The codes of `weight` [in_features, out_features] under `hessian` [in_features, in_features].
 
@@ -41,6 +43,8 @@ def gptq(
         static_groups: take the grids of all groups from the weight as it is given; otherwise a
             group's grid is that of its rows when the first of them is reached. One group is always
             static.
+        keep: [in_features, out_features]; where it is false the code is 0, and the rows behind make
+            up for that, too. With zero points it must be None.
 
     Raises:
         InputError: the Hessian is not finite or not positive definite at any damping.
@@ -64,6 +68,8 @@ def gptq(
                 grids.append(grid_of(left[i : i + rows], form))
             grid = grids[order[i] // rows]
             codes[i] = grid.codes(left[i])
+            if keep is not None:
+                codes[i] *= keep[order[i]]
             errors[i - first] = (left[i] - grid.values(codes[i])) / factor[i, i]
             left[i + 1 : last] -= np.outer(factor[i, i + 1 : last], errors[i - first])
         left[last:] -= factor[first:last, last:].T @ errors

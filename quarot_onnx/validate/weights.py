@@ -125,7 +125,7 @@ class _ExpectedWeights:
         if self.given.r1 is not None or rotations.r1 != "none":
             (self.r1, *_) = residual_rotations(subject.recipe, sizes.hidden_size, self.given)
         self.r2, self.heads = plan(self.head_dim), plan(self.num_heads, policy="full")
-        self.r4 = plan(config["intermediate_size"])
+        self.r4 = plan(config["intermediate_size"], policy=rotations.r4_policy)
 
     def tensor(self, name: str, *, transposed: bool, index: tuple[slice, ...] = ()) -> Float64:
         """The checkpoint's tensor, or the part of it at `index`."""

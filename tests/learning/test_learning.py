@@ -15,7 +15,7 @@ from quarot_onnx.learning.matrices import LearnedRotation
 from quarot_onnx.learning.rounding import round_activation, round_cache, round_weight
 from quarot_onnx.learning.student import Student, balanced_factors
 from quarot_onnx.pipeline import export
-from quarot_onnx.quantize import rtn
+from quarot_onnx.quantizers.rtn import rtn
 from quarot_onnx.recipe import Recipe, load_recipe
 from quarot_onnx.reference import FakeQuantModel, HuggingFaceModel
 from quarot_onnx.runtime import OnnxModel

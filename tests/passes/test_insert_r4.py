@@ -62,6 +62,33 @@ def test_an_odd_dimension_is_skipped_with_the_reason() -> None:
     assert text(decoder.model).replace(" InsertR4", "") == before
 
 
+def test_padding_rotates_all_features_and_keeps_the_function() -> None:
+    for size, padded, factors in ((22, 24, "12 x 2"), (13, 16, "4 x 4")):
+        options = {"intermediate_size": size, "num_layers": 2}
+        assert_equivalent(lambda d: InsertR4Pass(d, "pad")(), **options)
+        decoder = located(**options)
+        report = InsertR4Pass(decoder, "pad")()
+        assert report.detail == f"hadamard {factors} of {size} padded to {padded}"
+        down = decoder.layers[1].mlp.down
+        assert down.in_features == padded
+        assert down.weight.float64().shape == (padded, 8)
+        assert [n.op_type for n in decoder.model.graph].count("Pad") == 2
+
+
+def test_nothing_is_padded_where_the_size_has_a_matrix() -> None:
+    decoder = located()
+    assert InsertR4Pass(decoder, "pad")().detail == "hadamard 12"
+    assert "Pad" not in {node.op_type for node in decoder.model.graph}
+
+
+def test_the_full_policy_leaves_other_sizes_alone() -> None:
+    decoder = located(intermediate_size=22)
+    report = InsertR4Pass(decoder, "full")()
+    assert report.sites == 0
+    ((reason, _),) = report.skipped.items()
+    assert "n=22 is not a multiple of 4" in reason
+
+
 def test_layers_share_the_matrices() -> None:
     decoder = located(num_layers=2, intermediate_size=172)
     InsertR4Pass(decoder)()

@@ -7,7 +7,6 @@ goes through all of it, so a test that computes something has also serialized, c
 """
 
 import ctypes
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from ctypes import (
@@ -127,12 +126,9 @@ def compile_host(source: Path, directory: Path) -> Path:
     """The host as a shared library, built with the project's own TensorRT header."""
     here = Path(__file__).parent
     library = directory / "libplugin_host.so"
-    command = [
-        *(shutil.which("g++") or "g++", "-std=c++17", "-O1", "-g1", "-shared", "-fPIC"),
-        *("-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"),
-        *("-I", str(source / "trt"), str(here / "host.cpp"), "-o", str(library), "-ldl"),
-    ]
-    subprocess.run(command, check=True)
+    command = ["g++", "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror"]
+    command += ["-shared", "-fPIC", "-fvisibility=hidden", f"-I{source / 'trt'}"]
+    subprocess.run([*command, str(here / "host.cpp"), "-o", str(library), "-ldl"], check=True)
     return library
 
 
@@ -171,15 +167,12 @@ class Host:
 
     def __init__(self, host: Path, library: Path, *, on_gpu: bool = False) -> None:
         self.abi = ctypes.CDLL(str(host))
-        for name in (
-            *("host_open", "host_creator", "creator_create", "plugin_clone", "plugin_attach"),
-        ):
-            getattr(self.abi, name).restype = c_void_p
-        for name in (
-            *("host_log", "creator_name", "creator_version", "creator_namespace", "plugin_name"),
-            *("plugin_namespace", "plugin_version", "plugin_timing_cache_id", "plugin_metadata"),
-        ):
-            getattr(self.abi, name).restype = c_char_p
+        pointers = "host_open host_creator creator_create plugin_clone plugin_attach"
+        texts = "host_log creator_name creator_version creator_namespace plugin_name"
+        texts += " plugin_namespace plugin_version plugin_timing_cache_id plugin_metadata"
+        for names, kind in ((pointers, c_void_p), (texts, c_char_p)):
+            for name in names.split():
+                getattr(self.abi, name).restype = kind
         self.abi.creator_fields.restype = self.abi.plugin_fields.restype = POINTER(Fields)
         self.abi.plugin_workspace.restype = c_size_t
         self.memory = Memory(on_gpu=on_gpu)

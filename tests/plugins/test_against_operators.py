@@ -148,6 +148,18 @@ def test_gemm_equals_the_operator_to_the_bit(host: Host, tokens, k, n, layout, d
     np.testing.assert_array_equal(y, ops.int4_gemm(*operands, dtype=dtype))
 
 
+def test_gemm_finds_its_workspace_dirty_every_time(host: Host) -> None:
+    inputs, operands = gemm_inputs((2,), 4096, 64, PACKED)
+    plugin = host.create("Int4Gemm", {"dtype": 10, "weight_layout": FRAGMENTS})
+    assert plugin is not None
+    outputs = plugin.output_tensors(inputs)
+    workspace = plugin.workspace(inputs, outputs)
+    assert workspace > 0  # k is split: sums meet in the workspace
+    for _ in range(2):
+        (y,) = plugin.enqueue(inputs, outputs, workspace=workspace)
+        np.testing.assert_array_equal(y, ops.int4_gemm(*operands, dtype=np.float16))
+
+
 def test_gemm_adds_a_bias_before_the_rounding(host: Host) -> None:
     inputs, operands = gemm_inputs((2, 20), 256, 72, PACKED)
     bias = np.random.default_rng(2).normal(size=72).astype(np.float32)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,21 @@ def require_plain(path: Path) -> None:
 
 def test_the_library_exports_its_entry_points_and_needs_nothing_special(library_path) -> None:
     require_plain(library_path)
+
+
+def test_the_cuda_library_exports_and_needs_the_same(cuda_library_path) -> None:
+    require_plain(cuda_library_path)
+    described = json.loads(output(sys.executable, "-c", DESCRIBE, cuda_library_path))
+    assert described["backend"] == "cuda"
+    assert described["architectures"] == "80"
+
+
+DESCRIBE = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+library.quarotDescribePlugins.restype = ctypes.c_char_p
+print(library.quarotDescribePlugins().decode())
+"""
 
 
 def test_an_undefined_symbol_stops_the_link() -> None:
@@ -179,7 +195,7 @@ def test_nvidia_s_headers_give_the_same_layout_and_compile_the_plugins(tmp_path)
     include = os.environ.get("TRT_INCLUDE")
     if not include:
         pytest.skip("TRT_INCLUDE is not set: it names a directory with NVIDIA's NvInferRuntime.h")
-    cuda = build.find_nvcc().resolve().parents[1] / "include"
+    cuda = build.cuda_include(build.find_nvcc())
     flags = ["-DQR_TENSORRT_HEADERS", "-isystem", include, "-isystem", str(cuda)]
     expected = sections((Path(__file__).parent / "abi.txt").read_text())
     for name, lines in report(tmp_path, *flags).items():

@@ -224,7 +224,7 @@ def test_float32_is_refused_by_name(host: Host) -> None:
     assert plugin is not None
     host.log()
     assert plugin.output_types([FLOAT]) is None
-    assert "x has data type 0; allowed: HALF or BF16" in host.log()
+    assert "x has data type 0; allowed: HALF, BF16, one of them in all inputs" in host.log()
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,8 @@ def test_float32_is_refused_by_name(host: Host) -> None:
         ("Hadamard", {}, 0, [2, 3, 192], "outside the table of supported shapes"),
         ("HadamardHeads", {"factors": [12]}, 0, [2, 768], "give signs exactly if there are any"),
         ("HadamardHeads", {}, 0, [2, 3, 100], "no multiple of 8 heads"),
-        ("QuantizeInt4", {}, 0, [2, 40000], "outside the table of supported shapes"),
+        ("QuantizeInt4", {}, 0, [2, 128 * 257], "outside the table of supported shapes"),
+        ("QuantizeInt4", {"factors": [4]}, 0, [2, 128 * 513], "outside the table of supported"),
         ("Int4Gemm", {}, 0, [2, 3, 256], "w is [2, 4, 4, 32, 16]; it has to be [2, 8, 4, 32, 16]"),
         ("Int4Gemm", {}, 1, [2, 3, 2], "scale is [2, 3, 2]; it has to be [2, 3, 1]"),
         ("Int4Gemm", {}, 3, [80, 1], "w_scale is [80, 1]; give 1 axes"),
@@ -242,6 +243,7 @@ def test_float32_is_refused_by_name(host: Host) -> None:
         ("KvAppend", {}, 4, [3], "lengths is [3]; it has to be [2]"),
         ("KvAttention", {}, 4, [2, 3, 16, 32], "value is [2, 3, 16, 32]"),
         ("KvAttention", {}, 0, [2, 3, 5, 64], "outside the table of supported shapes"),
+        ("KvAttention", {}, 0, [2, 4, 17, 64], "query_tokens=17, capacity=16, length=16): the siz"),
     ],
     ids=str,
 )

@@ -113,6 +113,12 @@ def test_the_lean_runtime_lists_and_creates_every_plugin(lean, library_path, ste
     assert "other namespace None" in printed
 
 
+def test_the_cuda_library_loads_without_a_gpu(lean, cuda_library_path) -> None:
+    printed = run(LEAN, lean, cuda_library_path, "dlopen+load")
+    assert str(NAMES) in printed
+    assert "refused None" in printed
+
+
 def test_registering_itself_can_be_switched_off(lean, library_path) -> None:
     program = LEAN[: LEAN.index("def field")]
     printed = run(program, lean, library_path, "dlopen", QUAROT_PLUGINS_AUTOREGISTER="0")
