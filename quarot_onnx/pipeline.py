@@ -31,13 +31,10 @@ from quarot_onnx.export.huggingface import COMPANIONS, onnx_from_huggingface
 from quarot_onnx.export.polygraphy_run import save_polygraphy
 from quarot_onnx.passes import Effect, Report, pipeline, untie_embeddings
 from quarot_onnx.recipe import Recipe
-<<<<<<< HEAD
+from quarot_onnx.sparsity import save_sparse
 from quarot_onnx.targets import targets_of
 from quarot_onnx.transforms import FILE as TRANSFORMS
 from quarot_onnx.transforms import Transforms
-=======
-from quarot_onnx.sparsity import save_sparse
->>>>>>> main
 from quarot_onnx.weights import Float64
 
 DTYPES = {

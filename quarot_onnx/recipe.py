@@ -216,6 +216,8 @@ class Recipe(_Spec):
             raise ValueError("learning.places has r1 and rotations.r1 = none; name a start")
         if {"r1", "norms"} & set(places) and not rotations.fold_norm_scale:
             raise ValueError("learning.places has norms; set rotations.fold_norm_scale = true")
+        if places and "down" not in places and rotations.r4_policy == "pad":
+            raise ValueError("learning.places without down needs rotations.r4_policy = block or full")
         if {"r2", "value"} <= set(places):
             raise ValueError("learning.places has r2 and value, which are one place; keep one")
         if "up" in places and self.smoothing.down_proj:

@@ -479,7 +479,8 @@ def _in_front_of_linears(
 ) -> dict[str, OnlineHadamard]:
     """By the linear's module: the recipe's Hadamards, or the matrices that stand in their place."""
     heads, size = config.num_attention_heads, _cache_shape(config)[1]
-    across, r4 = plan(heads, policy="full"), plan(config.intermediate_size)
+    across = plan(heads, policy="full")
+    r4 = plan(config.intermediate_size, policy=recipe.rotations.r4_policy)
     online: dict[str, OnlineHadamard] = {}
     for index in range(config.num_hidden_layers):
         layer = f"model.layers.{index}"
@@ -502,20 +503,9 @@ def _fill(
 ) -> None:
     """Put the artifact's weights and the recipe's online Hadamards into `model`."""
     rotations, config = settings.recipe.rotations, model.config
-<<<<<<< HEAD
     given = Transforms.of_artifact(artifact, dimensions(config.to_dict()))
     online = _in_front_of_linears(settings.recipe, config, given)
     r3 = plan(_cache_shape(config)[1])
-=======
-    heads, size = config.num_attention_heads, _cache_shape(config)[1]
-    across, r3 = plan(heads, policy="full"), plan(size)
-    r4 = plan(config.intermediate_size, policy=rotations.r4_policy)
-    online: dict[str, OnlineHadamard] = {}
-    if rotations.heads and across.kind == "full":
-        online["o_proj"] = OnlineHadamard.of(across, inner=size)
-    if rotations.r4 and r4.kind != "none":
-        online["down_proj"] = OnlineHadamard.of(r4)
->>>>>>> main
     for name, module in list(model.named_modules()):
         if not isinstance(module, torch.nn.Linear) or name == "lm_head":
             continue
@@ -530,7 +520,7 @@ def _fill(
             settings,
         )
         out_features, in_features = module.weight.shape
-        in_features += online[last].zeros if last in online else 0
+        in_features += online[name].zeros if name in online else 0
         if tuple(replacement.weight.shape) != (out_features, in_features):
             raise InputError(
                 f"{artifact / MODEL}: initializer {weight} has shape "

@@ -184,7 +184,7 @@ class _LayerPlaces(torch.nn.Module):
                 for size, side in ((a, "A"), (b, "B"))
             )
         else:
-            fixed = plan(m) if rotations.r4 else Plan(m, (), m)
+            fixed = plan(m, policy=rotations.r4_policy) if rotations.r4 else Plan(m, (), m)
             self.down = [torch.from_numpy(matrix) for matrix in fixed.matrices()]
         self.up: torch.Tensor = torch.zeros(m)
         if "up" in learned:

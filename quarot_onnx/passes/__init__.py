@@ -59,22 +59,8 @@ def pipeline(
         passes.append(FuseLayerNormMeanPass(decoder))
     if rotations.fold_norm_scale:
         passes.append(FuseNormScalePass(decoder))
-<<<<<<< HEAD
     passes += _offline(recipe, decoder, calibration, transforms or Transforms())
     passes += _online(recipe, decoder, transforms or Transforms())
-=======
-    if rotations.r1 != "none":
-        residual = Rotation(rotations.r1, decoder.hidden_size, seed, "R1")
-        passes.append(FuseR1Pass(decoder, residual, rotations.post_norm))
-    if rotations.r2:
-        passes.append(FuseR2Pass(decoder, plan(attention.head_dim)))
-    if rotations.heads:
-        passes.append(InsertHeadsHadamardPass(decoder, plan(attention.num_heads, policy="full")))
-    if rotations.r3:
-        passes.append(InsertR3Pass(decoder, plan(attention.head_dim)))
-    if rotations.r4:
-        passes.append(InsertR4Pass(decoder, rotations.r4_policy))
->>>>>>> main
     if (weights := recipe.weights).bits < 16:
         if weights.is_calibrated and calibration is not None:
             passes.append(
@@ -144,7 +130,7 @@ def _online(recipe: Recipe, decoder: Decoder, given: Transforms) -> Iterator[Pas
     if downs := _each(given.down(layer) for layer in layers):
         yield InsertDownTransformPass(decoder, downs)
     elif rotations.r4:
-        yield InsertR4Pass(decoder)
+        yield InsertR4Pass(decoder, rotations.r4_policy)
 
 
 def _each(found: Iterable[_Given | None]) -> list[_Given]:
