@@ -54,6 +54,12 @@ Runtime = Annotated[
     Literal["ort-cpu", "ort-cuda", "tensorrt"], typer.Option(help="Where the model runs.")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime.")]
+TrustEngine = Annotated[
+    bool,
+    typer.Option(
+        "--trust-engine", help="Run an engine that its manifest does not vouch for: native code."
+    ),
+]
 Text = Annotated[
     str,
     typer.Option(
@@ -169,6 +175,12 @@ def validate(
     require: Annotated[
         list[str] | None, typer.Option(help="A stage that must not be skipped; repeatable.")
     ] = None,
+    engine: Annotated[
+        Path | None, typer.Option(help="An engine that `build` made of it: stages outputs and trt.")
+    ] = None,
+    triton_repository: Annotated[
+        Path | None, typer.Option(help="A repository that `triton` made of it: stage triton.")
+    ] = None,
     tolerances: Annotated[
         Path | None,
         typer.Option(help="TOML: atol, rtol and stat of each output that hosts are compared by."),
@@ -196,6 +208,8 @@ def validate(
         reference,
         require=tuple(require or ()),
         tolerances=tolerances,
+        engine=engine,
+        triton_repository=triton_repository,
         runtime=runtime,
         threads=threads,
     )
@@ -296,6 +310,7 @@ def evaluate(
     ] = False,
     runtime: Runtime = "ort-cpu",
     threads: Threads = None,
+    trust_engine: TrustEngine = False,
     as_json: Json = False,
     save_json: SaveJson = None,
 ) -> None:
@@ -312,6 +327,7 @@ def evaluate(
             decode=decode,
             runtime=runtime,
             threads=threads,
+            trust_engine=trust_engine,
             progress=progress,
         )
     _emit(content, as_json, lambda: tables.show_evaluation(content), save_json)
@@ -327,13 +343,14 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     runtime: Runtime = "ort-cpu",
     threads: Threads = None,
+    trust_engine: TrustEngine = False,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, one token at a time through the quantized cache."""
     from quarot_onnx import generation  # noqa: PLC0415
     from quarot_onnx import runtime as run  # noqa: PLC0415
 
-    model = run.OnnxModel(artifact, runtime=runtime, threads=threads)
+    model = run.load_model(artifact, runtime=runtime, threads=threads, trust_engine=trust_engine)
     tokenizer = run.load_tokenizer(artifact)
     ids = generation.generate(
         model,
@@ -357,12 +374,19 @@ def generate(
 
 @app.command()
 def triton(
-    artifact: Artifact,
+    artifact: Annotated[Path, typer.Argument(help="What `export` or `build` wrote.")],
     repository: Annotated[Path, typer.Argument(help="Where the repository goes; created.")],
     name: Annotated[
         str | None, typer.Option(help="The model's name; the artifact's directory by default.")
     ] = None,
-    runtime: Runtime = "ort-cpu",
+    runtime: Annotated[
+        Literal["ort-cpu", "ort-cuda", "tensorrt"] | None,
+        typer.Option(help="Where the model runs; by default TensorRT for what `build` wrote."),
+    ] = None,
+    engine_model: Annotated[
+        bool,
+        typer.Option("--engine-model", help="Also the engine alone, for Triton's own backend."),
+    ] = False,
     threads: Threads = None,
     max_streams: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 16,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that wait, at most.")] = 256,
@@ -377,6 +401,7 @@ def triton(
         repository,
         name=name,
         runtime=runtime,
+        engine_model=engine_model,
         threads=threads,
         max_streams=max_streams,
         max_waiting=max_waiting,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from quarot_onnx.artifacts import load_manifest
 from quarot_onnx.calibration import Calibration, require_unseen
 from quarot_onnx.errors import GateError
-from quarot_onnx.runtime import CausalModel, Ids, Logits, OnnxModel, load_tokenizer
+from quarot_onnx.runtime import CausalModel, Ids, Logits, OnnxModel, load_model, load_tokenizer
 from quarot_onnx.texts import evaluation_windows
 
 WINDOWS, WINDOW_LENGTH = 32, 256
@@ -193,12 +193,13 @@ def evaluate(
     reference: Path | None = None,
     runtime: str = "ort-cpu",
     threads: int | None = None,
+    trust_engine: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Perplexity of `artifact` on `text`.
 
     Args:
-        artifact: a directory that ``quarot-onnx export`` wrote.
+        artifact: a directory that ``quarot-onnx export`` wrote, or ``build`` for ``tensorrt``.
         text: a file or a data set, as `quarot_onnx.texts` reads it.
         count: how many evenly spaced windows; None takes all, as the literature does.
         length: tokens of a window.
@@ -207,6 +208,7 @@ def evaluate(
             perplexities of the same bits without rotations.
         runtime: where the artifact runs.
         threads: of one operator.
+        trust_engine: run an engine that its manifest does not vouch for.
         progress: called after each batch of windows.
 
     Returns:
@@ -224,7 +226,7 @@ def evaluate(
     read = evaluation_windows(text, load_tokenizer(artifact), count=count, length=length)
     cut = read.tokens
     require_unseen(artifact, cut, str(text))
-    model = OnnxModel(artifact, runtime=runtime, threads=threads)
+    model = load_model(artifact, runtime=runtime, threads=threads, trust_engine=trust_engine)
     shares = iter(_shares(progress, 1 + decode + (0 if reference is None else _BASELINES)))
     agreed = None
     if reference is None:
@@ -364,6 +366,7 @@ def baselines(
                 calibration=calibration,
                 certify=False,
             )
-            model = OnnxModel(out, runtime=runtime, threads=threads)
+            host = "ort-cpu" if runtime == "tensorrt" else runtime  # an export is no engine
+            model = OnnxModel(out, runtime=host, threads=threads)
             found[name] = perplexity(model, windows, progress=progress[index])
     return found

@@ -11,6 +11,7 @@ from typing import Any
 from quarot_onnx.export.architectures import Dimensions, FeedForward, check_config, dimensions
 from quarot_onnx.export.checkpoint import Checkpoint
 from quarot_onnx.hadamard import Plan, Policy, plan
+from quarot_onnx.ops import PACKED_BITS
 from quarot_onnx.recipe import Recipe
 from quarot_onnx.rotation import Rotation
 
@@ -164,14 +165,15 @@ def _count(shape: tuple[int, ...]) -> int:
 def _stored(count: int, bits: int, dtype: str) -> int:
     if bits == 16:
         return count * FLOAT_BYTES[dtype]
-    return count // 2 if bits == 4 else count
+    return count // 2 if bits <= 4 else count
 
 
 def _cache_bytes(recipe: Recipe, head_dim: int, dtype: str) -> int:
     cache = recipe.kv_cache
     if cache.bits == 16 or cache.io == "float":
         return head_dim * FLOAT_BYTES[dtype]
-    return (head_dim // 2 if cache.bits == 4 else head_dim) + 8
+    groups = head_dim // min(cache.group_size or head_dim, head_dim)
+    return (head_dim // 2 if cache.bits <= PACKED_BITS else head_dim) + 8 * groups
 
 
 def _sites(recipe: Recipe, sizes: Dimensions) -> list[Site]:

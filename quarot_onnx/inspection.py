@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from quarot_onnx.artifacts import MODEL, load_manifest
 from quarot_onnx.errors import InputError
-from quarot_onnx.ops import DOMAIN
+from quarot_onnx.ops import DOMAIN, OPERATORS
 
 _BITS = {
     ir.DataType.INT4: 4,
@@ -23,8 +23,12 @@ _BITS = {
     ir.DataType.FLOAT16: 16,
     ir.DataType.BFLOAT16: 16,
 }
-_LINEARS = {"MatMul": 1, "Int4Gemm": 2, "Int8Gemm": 2, "WeightOnlyGemm": 1}
-_GEMMS = ("Int4Gemm", "Int8Gemm")
+_LINEARS = {"MatMul": 1} | {
+    name: operator.inputs.index("w")
+    for name, operator in OPERATORS.items()
+    if "w" in operator.inputs
+}
+"""Where a linear has its weight: among the inputs of each operator."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def _linear(node: ir.Node) -> LinearRow | None:
 
 def _activation_bits(node: ir.Node) -> int:
     producer = _computed_by(node.inputs[0])
-    if node.op_type in _GEMMS and producer is not None:
+    if producer is not None and "bits" in producer.attributes:
         return int(producer.attributes["bits"].as_int())
     x = node.inputs[0]
     return _BITS.get(x.dtype, 32) if x is not None and x.dtype is not None else 32

@@ -15,8 +15,8 @@ Conventions, stated once:
 * Portable storage, used in ``model.onnx``: activation codes are uint8 with zero point 128, one per
   byte;
   weight codes are INT4 (INT8 above 4 bits) initializers ``[in_features, out_features]``.
-* The 4-bit cache holds two codes 0..15 in one uint8, low nibble first, so its last axis is head_dim
-  / 2.
+* The cache of up to 4 bits holds two codes 0..15 in one uint8, low nibble first, so its last axis
+  is head_dim / 2: a 3-bit code takes 4 bits.
 * Kernel storage of activations and weights is two's-complement nibbles, low nibble first:
   `pack_int4`.
 """
@@ -30,6 +30,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from quarot_onnx import groups
+
 DOMAIN = "quarot"
 VERSION = 1
 OPSET = 23
@@ -40,6 +42,9 @@ Codes = NDArray[np.uint8]
 
 ACTIVATION_ZERO_POINT = 128
 """What portable storage adds to a signed activation code to make it a uint8."""
+
+PACKED_BITS = 4
+"""Cache codes of up to so many bits are stored two to a byte."""
 
 _MASKED = -3.0e38  # finite, so that a row with nothing to attend to is uniform and not NaN
 
@@ -151,13 +156,50 @@ def kv_append(
     past [B, H, P, D/2] packed (or [B, H, P, D] above 4 bits), scale and zero [B, H, P, 1].
     """
     codes, scale, zero = quantize_kv(new, bits=bits, clip_ratio=clip_ratio)
-    if bits == 4:
-        codes = pack_kv(codes)
+    return _append(codes, scale, zero, past, past_scale, past_zero, bits)
+
+
+def _append(
+    codes: Codes,
+    scale: Float32,
+    zero: Float32,
+    past: Codes,
+    past_scale: Float32,
+    past_zero: Float32,
+    bits: int,
+) -> tuple[Codes, Float32, Float32]:
+    stored = pack_kv(codes) if bits <= PACKED_BITS else codes
     return (
-        np.concatenate([past, codes], axis=2),
+        np.concatenate([past, stored], axis=2),
         np.concatenate([past_scale, scale], axis=2),
         np.concatenate([past_zero, zero], axis=2),
     )
+
+
+def kv_append_groups(
+    new: Array,
+    past: Codes,
+    past_scale: Float32,
+    past_zero: Float32,
+    *,
+    bits: int,
+    clip_ratio: float,
+    group_size: int,
+    symmetric: int,
+) -> tuple[Codes, Float32, Float32]:
+    """`kv_append` with `groups.quantize_groups`; scale and zero [B, H, P, D / group_size]."""
+    found = groups.quantize_groups(
+        new, bits=bits, clip_ratio=clip_ratio, group_size=group_size, symmetric=symmetric
+    )
+    return _append(*found, past, past_scale, past_zero, bits)
+
+
+def kv_dequantize(
+    codes: Codes, scale: Float32, zero: Float32, *, bits: int = 4, dtype: Any = np.float32
+) -> Array:
+    """The cached values [B, H, T, D] in dtype; scale and zero [B, H, T, groups]."""
+    whole = unpack_kv(codes) if bits <= PACKED_BITS else codes
+    return groups.group_values(whole, scale, zero).astype(dtype)
 
 
 def kv_fake_quantize(x: Array, *, bits: int = 4, clip_ratio: float = 0.95) -> Array:
@@ -185,7 +227,7 @@ def kv_attention(
     Query head h reads cache head ``h // (Hq / H)``; mask [B, 1, S, T] is true where a query may
     look. A softcap c other than 0 bounds the scores s, before the mask, to ``c tanh(s / c)``.
     """
-    if bits == 4:
+    if bits <= PACKED_BITS:
         key, value = unpack_kv(key), unpack_kv(value)
     k = (key.astype(np.float32) - key_zero) * key_scale
     v = (value.astype(np.float32) - value_zero) * value_scale
@@ -533,6 +575,7 @@ class Operator:
 _CACHE_INPUTS = ("new", "past", "past_scale", "past_zero")
 _CACHE_OUTPUTS = ("present", "present_scale", "present_zero")
 _KV_ATTRIBUTES: Mapping[str, type] = {"bits": int, "clip_ratio": float}
+_GROUP_ATTRIBUTES: Mapping[str, type] = {**_KV_ATTRIBUTES, "group_size": int, "symmetric": int}
 _ATTENTION_INPUTS = (
     "q",
     "key",
@@ -544,6 +587,7 @@ _ATTENTION_INPUTS = (
     "mask",
 )
 _GEMM_INPUTS = ("q", "scale", "w", "w_scale")
+_ZERO_GEMM_INPUTS = ("q", "scale", "zero", "w", "w_scale")
 
 OPERATORS: Mapping[str, Operator] = {
     operator.name: operator
@@ -636,8 +680,75 @@ OPERATORS: Mapping[str, Operator] = {
             _attention_body(_DOTS, _OUTPUT, has_softcap=True),
             kv_attention,
         ),
+        Operator(
+            "QuantizeGroups",
+            ("x",),
+            ("q", "scale", "zero"),
+            _GROUP_ATTRIBUTES,
+            groups.QUANTIZE_GROUPS,
+            groups.quantize_groups,
+        ),
+        *(
+            Operator(
+                f"{name}Asymmetric",
+                _ZERO_GEMM_INPUTS,
+                ("y",),
+                {"dtype": int},
+                groups.gemm_asymmetric_body(halved=name == "Int8Gemm"),
+                groups.gemm_asymmetric,
+            )
+            for name in ("Int4Gemm", "Int8Gemm")
+        ),
+        *(
+            Operator(
+                f"{name}Groups",
+                _ZERO_GEMM_INPUTS,
+                ("y",),
+                {"group_size": int, "dtype": int},
+                groups.gemm_groups_body(halved=name == "Int8Gemm"),
+                groups.gemm_groups,
+            )
+            for name in ("Int4Gemm", "Int8Gemm")
+        ),
+        Operator(
+            "KvAppendGroups",
+            _CACHE_INPUTS,
+            _CACHE_OUTPUTS,
+            _GROUP_ATTRIBUTES,
+            groups.QUANTIZE_NEW + _PACK_KV + _APPEND,
+            kv_append_groups,
+        ),
+        Operator(
+            "KvAppendGroupsInt8",
+            _CACHE_INPUTS,
+            _CACHE_OUTPUTS,
+            _GROUP_ATTRIBUTES,
+            groups.QUANTIZE_NEW + _STORE_KV + _APPEND,
+            kv_append_groups,
+        ),
+        Operator(
+            "KvFakeQuantizeGroups",
+            ("new",),
+            ("y",),
+            _GROUP_ATTRIBUTES,
+            groups.FAKE_QUANTIZE_GROUPS,
+            groups.fake_quantize_groups,
+        ),
+        *(
+            Operator(
+                f"KvDequantize{suffix}",
+                ("codes", "scale", "zero"),
+                ("y",),
+                {"dtype": int},
+                groups.dequantize_body(packed=not suffix),
+                kv_dequantize,
+            )
+            for suffix in ("", "Int8")
+        ),
     )
 }
+
+_BY_INPUT = "ByInput"  # in the name of a function whose attribute is an input
 
 # TensorRT 10.15 and later inline a function unless the node names the plugin's namespace and
 # version.
@@ -645,24 +756,34 @@ _PLUGIN_ATTRIBUTES: Mapping[str, str] = {"plugin_namespace": DOMAIN, "plugin_ver
 
 
 @cache
-def _function_proto(name: str) -> bytes:
+def _function_proto(name: str, as_input: str) -> bytes:
     import onnx.parser  # noqa: PLC0415  # 260 ms that only a writer of graphs pays
 
     operator = OPERATORS[name]
-    attributes = ", ".join([*operator.attributes, *_PLUGIN_ATTRIBUTES])
+    given = [attribute for attribute in operator.attributes if attribute != as_input]
+    inputs = [*operator.inputs, *([as_input] if as_input else [])]
+    body = operator.body.replace(
+        f"Constant <value_float: float = @{as_input}> ()", f"Identity ({as_input})"
+    )
     text = f"""
     <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
-    {operator.name} <{attributes}> ({", ".join(operator.inputs)}) => ({", ".join(operator.outputs)})
-    {{ {operator.body} }}
+    {name}{_BY_INPUT if as_input else ""} <{", ".join([*given, *_PLUGIN_ATTRIBUTES])}>
+    ({", ".join(inputs)}) => ({", ".join(operator.outputs)})
+    {{ {body} }}
     """
     return bytes(onnx.parser.parse_function(text).SerializeToString())
 
 
-def function(name: str) -> ir.Function:
-    """A fresh ONNX local function for the operator `name`."""
+def function(name: str, as_input: str = "") -> ir.Function:
+    """A fresh ONNX local function for the operator `name`.
+
+    With the name of a float attribute in `as_input`, that is an input behind the others, and the
+    function has a name of its own: for searches, which try many values in one session.
+    """
     import onnx  # noqa: PLC0415
 
-    return ir.serde.deserialize_function(onnx.FunctionProto.FromString(_function_proto(name)))
+    text = _function_proto(name, as_input)
+    return ir.serde.deserialize_function(onnx.FunctionProto.FromString(text))
 
 
 def node(name: str, inputs: list[ir.Value], attributes: Mapping[str, Any], *, at: str) -> ir.Node:

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,7 +21,7 @@ from quarot_onnx.targets import Target, targets_of
 _PRESETS = Path(__file__).parent / "recipes"
 _SIZE_LIMIT = 1_000_000
 
-Bits = Literal[4, 6, 8, 16]
+CodeBits = Literal[3, 4, 5, 6, 7, 8, 16]
 """Bits of a code; 16 leaves the tensor in the float dtype of the export."""
 
 WeightBits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
@@ -152,18 +152,54 @@ class Weights(_Spec):
         return Form(self.bits, self.symmetric, self.group_size, self.clip_search)
 
 
-class Activations(_Spec):
-    """Activation quantization: symmetric, dynamic, per token."""
+class _Rounded(_Spec):
+    """How a row of features is rounded, dynamically: every token has scales of its own.
 
-    bits: Bits = 4
+    Attributes:
+        bits: of a code.
+        clip_ratio: the part of the range that codes cover; with a search, where it starts.
+        mode: with a zero point or without; ``skew`` and ``error`` choose per site on calibration
+            text, by the thresholds below (QuaRot Extended) or by the measured error.
+        clip: ``fixed``, or per site by the measured ``error``, or that and then by the
+            ``perplexity`` of the whole model (GBS, arXiv 2504.13989).
+        group_size: features that share a scale; 0 for all of a row.
+        skewness: above this mean |skewness| of the rows, ``skew`` is asymmetric.
+        off_centre: above this mean |mean| / standard deviation of the rows, too.
+    """
+
+    mode: Literal["symmetric", "asymmetric", "skew", "error"] = "symmetric"
+    clip: Literal["fixed", "error", "perplexity"] = "fixed"
+    group_size: int = Field(default=0, ge=0)
+    skewness: float = Field(default=0.5, ge=0)
+    off_centre: float = Field(default=0.25, ge=0)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a choice needs calibration text."""
+        return self.mode in ("skew", "error") or self.clip != "fixed"
+
+    def uncalibrated(self) -> Self:
+        """The same bits and groups, and nothing that is chosen on text."""
+        usual = type(self).model_fields["mode"].default
+        mode = usual if self.mode in ("skew", "error") else self.mode
+        return self.model_copy(update={"mode": mode, "clip": "fixed"})
+
+
+class Activations(_Rounded):
+    """Activation quantization: a row is a token; down_proj may have bits of its own."""
+
+    bits: CodeBits = 4
     clip_ratio: float = Field(default=0.9, gt=0, le=1)
+    down_proj_bits: Literal[3, 4, 5, 6, 7, 8] | None = None
+    down_proj_clip_ratio: float = Field(default=1.0, gt=0, le=1)
 
 
-class KvCache(_Spec):
-    """Cache quantization: asymmetric, per token and head."""
+class KvCache(_Rounded):
+    """Cache quantization: a row is a head of a token."""
 
-    bits: Bits = 4
+    bits: CodeBits = 4
     clip_ratio: float = Field(default=0.95, gt=0, le=1)
+    mode: Literal["symmetric", "asymmetric", "skew", "error"] = "asymmetric"
     io: Literal["packed", "float"] = "packed"
 
 
@@ -175,6 +211,7 @@ class CalibrationText(_Spec):
 
     windows: int = Field(default=128, ge=1)
     window_length: int = Field(default=256, ge=2)
+    search_windows: int = Field(default=16, ge=1)
 
 
 class Recipe(_Spec):
@@ -198,6 +235,11 @@ class Recipe(_Spec):
                 f"activations.bits = {self.activations.bits} with float weights; "
                 "integer products need weights.bits below 16"
             )
+        if self.activations.bits == 16 and self.activations.down_proj_bits is not None:
+            raise ValueError(
+                f"activations.down_proj_bits = {self.activations.down_proj_bits} with float "
+                "activations; set activations.bits below 16"
+            )
         if self.activations.bits < 16 and not self.weights.form.is_per_channel:
             raise ValueError(
                 f"activations.bits = {self.activations.bits} with weights that have groups or zero "
@@ -217,7 +259,9 @@ class Recipe(_Spec):
         if {"r1", "norms"} & set(places) and not rotations.fold_norm_scale:
             raise ValueError("learning.places has norms; set rotations.fold_norm_scale = true")
         if places and "down" not in places and rotations.r4_policy == "pad":
-            raise ValueError("learning.places without down needs rotations.r4_policy = block or full")
+            raise ValueError(
+                "learning.places without down needs rotations.r4_policy = block or full"
+            )
         if {"r2", "value"} <= set(places):
             raise ValueError("learning.places has r2 and value, which are one place; keep one")
         if "up" in places and self.smoothing.down_proj:
@@ -236,7 +280,8 @@ class Recipe(_Spec):
             self.smoothing.down_proj,
             self.rotations.candidates > 1,
         ]
-        rounded = (section.bits < 16 and section.is_calibrated for section in (self.weights,))
+        sections = (self.weights, self.activations, self.kv_cache)
+        rounded = (section.bits < 16 and section.is_calibrated for section in sections)
         return any((*looks, *rounded))
 
     def as_json(self) -> dict[str, Any]:

@@ -32,12 +32,12 @@ from quarot_onnx.export.architectures import LLAMA_MODULES, dimensions, load_con
 from quarot_onnx.export.checkpoint import Checkpoint, read_json
 from quarot_onnx.hadamard import Plan, plan
 from quarot_onnx.recipe import Recipe
+from quarot_onnx.rounding import Rounding, roundings_of
 from quarot_onnx.runtime import Cache, Ids, Logits, checked_mask, position_ids
 from quarot_onnx.transforms import Transforms, inverse
 from quarot_onnx.weights import Float64
 
 ATTENTION_NAME = "quarot_fake_quant"
-_FLOAT_BITS = 16
 _EXACT_FLOAT32 = 1 << 24  # every integer up to here is a float32
 
 
@@ -211,7 +211,7 @@ class Settings:
     """What the modules of one `FakeQuantModel` do.
 
     Attributes:
-        recipe: bits and clips.
+        recipe: rotations and bits.
         is_quantizing: whether activations and cache are rounded; off, the model shows how far the
             rounding alone moves the logits.
     """
@@ -249,14 +249,35 @@ class OnlineHadamard:
         return torch.einsum("...adi,ac->...cdi", by_b, self.A).reshape(x.shape)
 
 
+def _rounded(x: torch.Tensor, rounding: Rounding) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes without their zero point [..., groups, size] and their step [..., groups, 1].
+
+    x [..., features] is cut into groups of `rounding.group_size`.
+    """
+    x = x.reshape(*x.shape[:-1], -1, rounding.group_size)
+    if rounding.symmetric:
+        top = 2 ** (rounding.bits - 1) - 1
+        span, bottom, zero = x.abs().amax(dim=-1, keepdim=True), -top - 1, torch.zeros(())
+    else:
+        top, bottom = 2**rounding.bits - 1, 0
+        low = x.amin(dim=-1, keepdim=True).clamp(max=0)
+        span = x.amax(dim=-1, keepdim=True).clamp(min=0) - low
+    step = span * (rounding.clip_ratio / top)
+    step = torch.where(step == 0, torch.ones_like(step), step)
+    if not rounding.symmetric:
+        zero = torch.round(-low * rounding.clip_ratio / step)
+    return torch.clamp(torch.round(x / step) + zero, bottom, top) - zero, step
+
+
 class CodeLinear(torch.nn.Module):
-    """A linear over integer codes: rotate online, quantize per token, multiply exactly, scale.
+    """A linear over integer codes: rotate online, quantize, multiply exactly, scale.
 
     Args:
         weight: codes, or floats where `scale` is None; [out, in].
         scale: of each output [out].
         bias: [out] or None.
         rotate: in front, or None.
+        rounding: of the input, or None.
         settings: shared by the model.
     """
 
@@ -266,43 +287,41 @@ class CodeLinear(torch.nn.Module):
         scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         rotate: OnlineHadamard | None,
+        rounding: Rounding | None,
         settings: Settings,
     ) -> None:
         super().__init__()
         self.weight, self.scale, self.bias = weight, scale, bias
         self.rotate = rotate
+        self.rounding = rounding
         self.settings = settings
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Y [..., out] of x [..., in]."""
         if self.rotate is not None:
             x = self.rotate(x)
-        activations = self.settings.recipe.activations
-        if activations.bits < _FLOAT_BITS and self.settings.is_quantizing:
-            top = 2 ** (activations.bits - 1) - 1
-            amax = x.abs().amax(dim=-1, keepdim=True)
-            step = torch.where(
-                amax == 0, torch.ones_like(amax), amax * (activations.clip_ratio / top)
-            )
-            x = torch.clamp(torch.round(x / step), -top - 1, top)
-            largest = (top + 1) * 2 ** (self.settings.recipe.weights.bits - 1) * x.shape[-1]
-            exact = torch.float32 if largest < _EXACT_FLOAT32 else torch.float64
-            y = functional.linear(x.to(exact), self.weight.to(exact)).float() * step
+        if self.rounding is not None and self.settings.is_quantizing:
+            y = self._product(*_rounded(x, self.rounding), self.rounding)
         else:
             y = functional.linear(x, self.weight)
         if self.scale is not None:
             y = y * self.scale
         return y if self.bias is None else y + self.bias
 
+    def _product(self, codes: torch.Tensor, step: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+        """Codes [..., groups, size] with their step [..., groups, 1] -> [..., out]."""
+        largest_weight = 2 ** (self.settings.recipe.weights.bits - 1)
+        largest = 2**rounding.bits * largest_weight * rounding.group_size
+        exact = torch.float32 if largest < _EXACT_FLOAT32 else torch.float64
+        weight = self.weight.to(exact).reshape(len(self.weight), -1, rounding.group_size)
+        sums = torch.einsum("...gi,ogi->...go", codes.to(exact), weight)
+        return (sums.float() * step).sum(dim=-2)
 
-def _quantize_cache(x: torch.Tensor, bits: int, clip: float) -> torch.Tensor:
-    """Keys or values [B, H, T, D] rounded per token and head, asymmetric, integer zero point."""
-    top = 2**bits - 1
-    low = x.amin(dim=-1, keepdim=True).clamp(max=0)
-    high = x.amax(dim=-1, keepdim=True).clamp(min=0)
-    step = torch.where(high == low, torch.ones_like(low), (high - low) * (clip / top))
-    zero = torch.round(-low * clip / step)
-    return (torch.clamp(torch.round(x / step) + zero, 0, top) - zero) * step
+
+def _quantize_cache(x: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+    """Keys or values [B, H, T, D], rounded."""
+    codes, step = _rounded(x, rounding)
+    return (codes * step).flatten(-2)
 
 
 def _attend(
@@ -324,10 +343,10 @@ def _attend(
     r3: tuple[OnlineHadamard, OnlineHadamard] | None = module.quarot_r3  # type: ignore[assignment]
     if r3 is not None:
         query, key = r3[0](query), r3[1](key)
-    cache = settings.recipe.kv_cache
-    if cache.bits < _FLOAT_BITS and settings.is_quantizing:
-        key = _quantize_cache(key, cache.bits, cache.clip_ratio)
-        value = _quantize_cache(value, cache.bits, cache.clip_ratio)
+    if settings.is_quantizing:
+        roundings: dict[str, Rounding] = module.quarot_roundings  # type: ignore[assignment]
+        key = _quantize_cache(key, roundings["key"]) if roundings else key
+        value = _quantize_cache(value, roundings["value"]) if roundings else value
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -371,7 +390,11 @@ class FakeQuantModel(TorchModel):
             model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         rotary = type(model.model.rotary_emb)(config=config)  # its tables are computed, not stored
         model.model.rotary_emb = rotary
-        _fill(model, read_initializers(artifact), self.settings, artifact)
+        roundings = {
+            name.strip("/").replace("/", "."): rounding
+            for name, rounding in roundings_of(manifest).items()
+        }
+        _fill(model, read_initializers(artifact), self.settings, roundings, artifact)
         super().__init__(model.eval(), threads=threads)
 
     def embed(self, input_ids: Ids) -> NDArray[np.float32]:
@@ -499,6 +522,7 @@ def _fill(
     model: Any,
     initializers: Mapping[str, ir.TensorProtocol],
     settings: Settings,
+    roundings: Mapping[str, Rounding],
     artifact: Path,
 ) -> None:
     """Put the artifact's weights and the recipe's online Hadamards into `model`."""
@@ -517,6 +541,7 @@ def _fill(
             None if scale is None else _tensor(initializers, scale, artifact),
             None if module.bias is None else _tensor(initializers, f"{name}.bias", artifact),
             online.get(name),
+            roundings.get(name),
             settings,
         )
         out_features, in_features = module.weight.shape
@@ -531,6 +556,11 @@ def _fill(
     for index, decoder_layer in enumerate(model.model.layers):
         attention = decoder_layer.self_attn
         attention.quarot_settings, attention.quarot_r3 = settings, None
+        attention.quarot_roundings = {
+            kind: roundings[site]
+            for kind in ("key", "value")
+            if (site := f"model.layers.{index}.self_attn.{kind}") in roundings
+        }
         if (matrix := given.key(index)) is not None:
             turns = inverse(matrix).T, matrix
             attention.quarot_r3 = tuple(OnlineHadamard.given(turn) for turn in turns)

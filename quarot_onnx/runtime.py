@@ -2,7 +2,8 @@
 """Run an artifact: one interface for every runtime, and the artifact's own tokenizer.
 
 `CausalModel` is what evaluation, validation and generation need: a cache and a step. `OnnxModel`
-implements it on ONNX Runtime; the PyTorch models of `quarot_onnx.reference` implement it too.
+implements it on ONNX Runtime, `quarot_onnx.tensorrt_runtime.EngineModel` on TensorRT, and
+`load_model` chooses; the PyTorch models of `quarot_onnx.reference` implement it too.
 torch is not imported here.
 """
 
@@ -10,6 +11,7 @@ import ctypes
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -29,6 +31,8 @@ from quarot_onnx.manifest import DATA, MODEL, load_manifest
 if TYPE_CHECKING:
     import onnxruntime
 
+    from quarot_onnx.tensorrt_runtime import EngineModel
+
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 Cache = dict[str, Any]
@@ -42,6 +46,8 @@ _PAST, _PRESENT = "past_key_values.", "present."
 _QUIET = 4  # onnxruntime: fatal only; what goes wrong reaches us as an exception
 _ORT_CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
+_CACHE_DEVICES = {"ort-cuda": "cuda"}
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 _DTYPES: dict[str, Any] = {
     "tensor(uint8)": np.uint8,
     "tensor(int64)": np.int64,
@@ -106,6 +112,25 @@ def checked_mask(input_ids: Ids, past: int, attention_mask: Ids | None, vocabula
     return np.ascontiguousarray(attention_mask, dtype=np.int64)
 
 
+def load_model(
+    directory: Path,
+    *,
+    runtime: str = "ort-cpu",
+    threads: int | None = None,
+    trust_engine: bool = False,
+) -> "OnnxModel | EngineModel":
+    """What runs `directory` in `runtime`: an artifact, or for ``tensorrt`` an engine directory.
+
+    Raises:
+        QuarotError: what `OnnxModel` and `EngineModel` raise.
+    """
+    if runtime == "tensorrt":
+        from quarot_onnx.tensorrt_runtime import EngineModel  # noqa: PLC0415
+
+        return EngineModel(directory, trust=trust_engine)
+    return OnnxModel(directory, runtime=runtime, threads=threads)
+
+
 class OnnxModel:
     """An artifact's ``model.onnx`` in ONNX Runtime, as a `CausalModel`.
 
@@ -115,7 +140,12 @@ class OnnxModel:
     """
 
     def __init__(
-        self, artifact: Path, *, runtime: str = "ort-cpu", threads: int | None = None
+        self,
+        artifact: Path,
+        *,
+        runtime: str = "ort-cpu",
+        threads: int | None = None,
+        cache_device: str | None = None,
     ) -> None:
         """Load the graph.
 
@@ -123,6 +153,8 @@ class OnnxModel:
             artifact: a directory that ``quarot-onnx export`` wrote.
             runtime: one of `RUNTIMES`.
             threads: of one operator; ONNX Runtime's choice where None.
+            cache_device: where the cache stays between steps, as ONNX Runtime calls it; arrays of
+                NumPy where None. That of the runtime where not given: ``cuda`` for ``ort-cuda``.
 
         Raises:
             UsageError: no such runtime.
@@ -135,6 +167,7 @@ class OnnxModel:
         self.session = load_session(artifact / MODEL, runtime=runtime, threads=threads)
         self._cache_inputs = [i for i in self.session.get_inputs() if i.name.startswith(_PAST)]
         ports = [*self.session.get_inputs(), *self.session.get_outputs()]
+        self._cache_device = cache_device or _CACHE_DEVICES.get(runtime)
         self._has_bfloat16 = any(port.type == "tensor(bfloat16)" for port in ports)
         self._inputs = {i.name for i in self.session.get_inputs()}
         self._outputs = [o.name for o in self.session.get_outputs()]
@@ -157,14 +190,30 @@ class OnnxModel:
     @property
     def cache_bytes_per_token(self) -> int:
         """What one token of one row takes in the cache, in bytes, over all layers."""
-        empty = self.new_cache(1)
+        empty = self.empty_past(1)
         return sum(
             array.itemsize * int(np.prod([*array.shape[:2], *array.shape[3:]]))
             for array in empty.values()
         )
 
     def new_cache(self, batch: int) -> Cache:
-        """An empty cache for `batch` rows."""
+        """An empty cache for `batch` rows, on the device where it stays."""
+        if self._cache_device is None:
+            return self.empty_past(batch)
+        import onnxruntime  # noqa: PLC0415
+
+        return {
+            name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+                array.shape,
+                _BFLOAT16 if array.dtype == ml_dtypes.bfloat16 else array.dtype,
+                self._cache_device,
+                0,
+            )
+            for name, array in self.empty_past(batch).items()
+        }
+
+    def empty_past(self, batch: int) -> Cache:
+        """The cache inputs of `batch` rows without tokens, as arrays for `run`."""
         return {
             i.name: np.empty((batch, int(i.shape[1]), 0, int(i.shape[3])), _DTYPES[i.type])
             for i in self._cache_inputs
@@ -179,7 +228,7 @@ class OnnxModel:
             InputError: a token id is not in the vocabulary.
             ResourceError: not enough memory for this batch and length.
         """
-        past = next(iter(cache.values())).shape[2] if cache else 0
+        past = _slots(next(iter(cache.values()))) if cache else 0
         mask = checked_mask(input_ids, past, attention_mask, self._vocabulary_size)
         feed = {
             "input_ids": np.ascontiguousarray(input_ids, dtype=np.int64),
@@ -187,7 +236,8 @@ class OnnxModel:
             "position_ids": position_ids(mask, input_ids.shape[1]),
             **cache,
         }
-        results = self.run({name: array for name, array in feed.items() if name in self._inputs})
+        feed = {name: value for name, value in feed.items() if name in self._inputs}
+        results = self.run(feed) if self._cache_device is None else self._run_bound(feed)
         logits = np.asarray(results["logits"], dtype=np.float32)
         return logits, {i.name: results[_present(i.name)] for i in self._cache_inputs}
 
@@ -198,11 +248,35 @@ class OnnxModel:
             ResourceError: not enough memory.
             InputError: the graph does not compute.
         """
-        errors = _ort_errors()
-        try:
+        with self._explained(feed):
             if self._has_bfloat16:
                 return self._run_bfloat16(feed)
             return dict(zip(self._outputs, self.session.run(self._outputs, feed), strict=True))
+
+    def _run_bound(self, feed: dict[str, Any]) -> dict[str, Any]:
+        """As `run`, with the cache left where it is: only ids and logits are copied."""
+        device = self._cache_device
+        binding = self.session.io_binding()
+        for name, value in feed.items():
+            if isinstance(value, np.ndarray):
+                binding.bind_cpu_input(name, value)
+            else:
+                binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, "cpu" if name == "logits" else device)
+        with self._explained(feed):
+            self.session.run_with_iobinding(binding)
+        results = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        logits = results["logits"]
+        is_bfloat16 = logits.data_type() == "tensor(bfloat16)"
+        return {**results, "logits": _bfloat16_array(logits) if is_bfloat16 else logits.numpy()}
+
+    @contextmanager
+    def _explained(self, feed: dict[str, Any]) -> Iterator[None]:
+        """ONNX Runtime's errors as ours; those of a bound run are plain RuntimeErrors."""
+        errors: tuple[type[Exception], ...] = (*_ort_errors(), RuntimeError)
+        try:
+            yield
         except errors as error:
             if "allocate memory" in str(error) or "bad allocation" in str(error):
                 shape = feed["input_ids"].shape
@@ -219,10 +293,9 @@ class OnnxModel:
         """NumPy has no bfloat16 of its own, so these arrays cross as their bits."""
         import onnxruntime  # noqa: PLC0415
 
-        bfloat16 = 16  # onnx.TensorProto.BFLOAT16
         values = {
             name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
-                array.view(np.uint16), bfloat16
+                array.view(np.uint16), _BFLOAT16
             )
             if array.dtype == ml_dtypes.bfloat16
             else onnxruntime.OrtValue.ortvalue_from_numpy(array)
@@ -245,6 +318,12 @@ def _bfloat16_array(value: "onnxruntime.OrtValue") -> NDArray[Any]:
     held = (ctypes.c_uint16 * int(np.prod(shape))).from_address(value.data_ptr())
     copied: NDArray[Any] = np.array(held, np.uint16).view(ml_dtypes.bfloat16).reshape(shape)
     return copied
+
+
+def _slots(value: Any) -> int:
+    """Tokens in a part of a cache, an array or a value of ONNX Runtime."""
+    shape = value.shape if isinstance(value, np.ndarray) else value.shape()
+    return int(shape[2])
 
 
 def _present(name: str) -> str:
@@ -275,7 +354,8 @@ def _provider(runtime: str) -> str:
         raise UsageError(f"--runtime {runtime}: no such runtime; choose {', '.join(RUNTIMES)}")
     if runtime == "tensorrt":
         raise MissingDependencyError(
-            "tensorrt: this version has no TensorRT runtime; use --runtime ort-cpu or ort-cuda"
+            "tensorrt: runs engines, which `quarot-onnx build` writes, and no ONNX graph; use "
+            "--runtime ort-cpu or ort-cuda"
         )
     try:
         import onnxruntime  # noqa: PLC0415

@@ -2,9 +2,9 @@
 """Who can run what a recipe makes: one answer per target, with the reasons where it cannot.
 
 The answer comes from the resolved recipe alone. ONNX Runtime runs every recipe, because each
-operator of `quarot_onnx.ops` carries its meaning as an ONNX function. TensorRT runs what its own
-layers and our plugins (docs/plugins.md) cover. Nothing falls back: where a target is refused here,
-no command builds for it.
+operator of `quarot_onnx.ops` carries its meaning as an ONNX function. TensorRT runs what
+`quarot-onnx build` lowers to our plugins (docs/plugins.md). Nothing falls back: where a target is
+refused here, no command builds for it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -56,16 +56,31 @@ def _place(tensor: str) -> str:
 
 
 def _without_plugin(recipe: "Recipe") -> Iterator[str]:
-    """What the recipe asks of TensorRT that neither its layers nor a plugin does."""
+    """What the recipe asks of TensorRT that `build` does not lower to a plugin."""
     weights, activations, cache = recipe.weights, recipe.activations, recipe.kv_cache
     for name, bits in (("weights", weights.bits), ("activations", activations.bits)):
-        if bits not in (4, 16):
+        if bits != 4:
             yield f"{name}.bits = {bits}: the GEMM plugin multiplies codes of 4 bits"
     if weights.bits < 16 and not weights.form.is_per_channel:
         yield "weights with groups or zero points: the GEMM plugin has a scale per output channel"
+    if activations.bits < 16:
+        if activations.mode != "symmetric":
+            yield f"activations.mode = {activations.mode}: no kernel writes zero points"
+        if activations.group_size:
+            size = activations.group_size
+            yield f"activations.group_size = {size}: a token has one scale in the plugins"
+        if activations.down_proj_bits not in (None, 4):
+            yield (
+                f"activations.down_proj_bits = {activations.down_proj_bits}: the GEMM plugin "
+                "multiplies codes of 4 bits"
+            )
+    if cache.bits < 16 and cache.mode != "asymmetric":
+        yield f"kv_cache.mode = {cache.mode}: the cache plugins write asymmetric codes"
+    if cache.bits < 16 and cache.group_size:
+        yield f"kv_cache.group_size = {cache.group_size}: a head has one scale in the plugins"
     if weights.sparsity != "none":
         yield "weights.sparsity: the GEMM plugin multiplies dense codes only"
     if cache.bits < 16 and cache.io == "float":
         yield "kv_cache.io = float: a cache of rounded floats has no plugin"
-    elif cache.bits not in (4, 16):
+    elif cache.bits != 4:
         yield f"kv_cache.bits = {cache.bits}: the cache plugins store codes of 4 bits"

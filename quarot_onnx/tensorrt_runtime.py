@@ -6,8 +6,9 @@ caller holds as a cache is the memory and the number of tokens in each row, so a
 but token ids in and logits out. Stepping twice from one cache would overwrite what the first step
 wrote: the memory counts its steps, and an older cache is copied before it is continued.
 
-Rows of a batch have lengths of their own. Padding on the left, which the ONNX graph masks, is taken
-out here: real tokens move to the front and their logits back to where they were.
+A batch of more rows than the engine was built for runs in groups. Rows have lengths of their own.
+Padding on the left, which the ONNX graph masks, is taken out here: real tokens move to the front
+and their logits back to where they were.
 """
 
 import weakref
@@ -20,15 +21,15 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from quarot_onnx.artifacts import MODEL
 from quarot_onnx.errors import InputError, MissingDependencyError, ResourceError
 from quarot_onnx.export.tensorrt import adapter
-from quarot_onnx.export.tensorrt.engine import PLAN, load_engine_manifest
+from quarot_onnx.export.tensorrt.directory import PLAN, load_engine_manifest
+from quarot_onnx.manifest import MODEL
 from quarot_onnx.plugins import library
 from quarot_onnx.runtime import Cache, Ids, Logits, checked_mask
 
 _PAST, _PRESENT = "past_key_values.", "present."
-_ROWS = "rows"  # the one entry of a cache
+_GROUPS = "groups"  # the one entry of a cache
 _DTYPES = {
     "FLOAT": np.float32,
     "HALF": np.float16,
@@ -236,23 +237,22 @@ class EngineModel:
         )
 
     def new_cache(self, batch: int) -> Cache:
-        """An empty cache for `batch` rows.
+        """An empty cache for `batch` rows, in groups of what the engine was built for.
 
         Raises:
-            ResourceError: more rows than the engine was built for, or no device memory.
+            ResourceError: no device memory.
         """
-        if batch > self._max_batch:
-            raise ResourceError(
-                f"{self.directory / PLAN}: {batch} rows, it was built for {self._max_batch}; "
-                f"build with --max-batch {batch}"
-            )
+        firsts = range(0, batch, self._max_batch)
+        return {_GROUPS: tuple(self._new_rows(min(self._max_batch, batch - i)) for i in firsts)}
+
+    def _new_rows(self, batch: int) -> _Rows:
         memory = {}
         for name, (dtype, shape) in self._inputs.items():
             if name.startswith(_PAST):
                 zeros = np.zeros((batch, shape[1], self._capacity, shape[3]), dtype)
                 memory[name] = self._device.allocate(zeros.nbytes)
                 self._device.upload(memory[name], zeros)
-        return {_ROWS: _Rows(_Store(memory), 0, np.zeros(batch, np.int32), 0)}
+        return _Rows(_Store(memory), 0, np.zeros(batch, np.int32), 0)
 
     def step(
         self, input_ids: Ids, cache: Cache, attention_mask: Ids | None = None
@@ -266,10 +266,23 @@ class EngineModel:
             ResourceError: more tokens than the engine was built for.
             ValueError: padding that is not on the left.
         """
-        rows: _Rows = cache[_ROWS]
-        mask = checked_mask(input_ids, rows.columns, attention_mask, self.vocabulary_size)
+        groups: tuple[_Rows, ...] = cache[_GROUPS]
+        columns = groups[0].columns
+        mask = checked_mask(input_ids, columns, attention_mask, self.vocabulary_size)
+        logits, states, first = [], [], 0
+        for rows in groups:
+            chosen = slice(first, first + len(rows.lengths))
+            found, state = self._step(input_ids[chosen], rows, mask[chosen, columns:] != 0)
+            logits.append(found)
+            states.append(state)
+            first = chosen.stop
+        return np.concatenate(logits), {_GROUPS: tuple(states)}
+
+    def _step(
+        self, input_ids: Ids, rows: _Rows, is_real: NDArray[np.bool_]
+    ) -> tuple[Logits, _Rows]:
+        """As `step`, of one group; `is_real` [B, S] tells tokens from padding."""
         batch, length = input_ids.shape
-        is_real = mask[:, rows.columns :] != 0
         if (np.diff(is_real.astype(np.int8), axis=1) < 0).any():
             raise ValueError("attention_mask: has padding behind a token; put it on the left")
         real = is_real.sum(axis=1).astype(np.int32)
@@ -293,7 +306,7 @@ class EngineModel:
                 found[row, begin : begin + kept] = logits[row, :kept]
         store.steps += 1
         state = _Rows(store, store.steps, rows.lengths + real, rows.columns + length)
-        return found, {_ROWS: state}
+        return found, state
 
     def _continued(self, rows: _Rows) -> _Store:
         """The store that `rows` may write to: its own, unless somebody has continued it already."""

@@ -233,7 +233,7 @@ def test_seeds_are_averaged_in_log_perplexity_and_the_baseline_is_100_percent() 
     facts = {"windows": 1, "window_length": 2, "text": "t", "calibration": "c", "fp32": 10.0}
     text = table({**facts, "runs": runs, "baseline": "b"})
     assert "| of b |" in text
-    assert "| 11.000 to 13.000 |" in text
+    assert "| 2: 11.000 to 13.000 |" in text
     assert "| 100% |" in text
 
 

@@ -18,6 +18,7 @@ from onnx import numpy_helper
 
 from quarot_onnx import cli
 from quarot_onnx.errors import InputError
+from quarot_onnx.export.triton.repository import triton_from_artifact
 from quarot_onnx.validate import Stage, Verdict, formats, validate
 from quarot_onnx.validate.side_by_side import load_tolerances
 from tests.conftest import Exported, HuggingFace
@@ -267,3 +268,34 @@ def test_the_action_runs_the_commands_that_exist(capsys: pytest.CaptureFixture[s
         line = next(x for x in script.replace("\\\n", " ").splitlines() if f"x {command} " in x)
         for option in (word for word in line.split() if word.startswith("--")):
             assert option in out
+
+
+# --- Triton ---------------------------------------------------------------------------------------
+
+
+def test_a_triton_repository_is_checked_against_its_artifact(
+    exported: Exported, tmp_path: Path
+) -> None:
+    source = exported("llama", "w4a4kv4")
+    artifact = Path(shutil.copytree(source, tmp_path / "artifact"))
+    tokenizer = ROOT / "examples" / "tiny_llama" / "model" / "tokenizer.json"
+    shutil.copyfile(tokenizer, artifact / "tokenizer.json")
+    repository = tmp_path / "repository"
+    triton_from_artifact(artifact, repository, name="m")
+
+    def triton(artifact: Path = artifact) -> Stage:
+        verdict = validate(artifact, threads=1, triton_repository=repository, require=("triton",))
+        return stage(verdict, "triton")
+
+    assert triton().status == "passed"
+    other = triton(exported("llama", "w4a4kv4", ("seed=3",)))
+    assert other.status == "failed"
+    assert "m serves another model.onnx" in other.detail
+    config = repository / "m" / "config.pbtxt"
+    text = config.read_text()
+    config.write_text(text.replace('name: "m"', 'name: "n"', 1))
+    changed = triton()
+    assert changed.status == "failed"
+    assert changed.value == 2
+    config.write_text(text + "nonsense")
+    assert triton().status == "failed"

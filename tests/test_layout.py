@@ -34,7 +34,18 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["ops", "hadamard", "quantizers", "rotation", "weights", "recipe", "decoder", "artifacts"],
+    [
+        "ops",
+        "groups",
+        "rounding",
+        "hadamard",
+        "quantizers",
+        "rotation",
+        "weights",
+        "recipe",
+        "decoder",
+        "artifacts",
+    ],
 )
 def test_the_graph_world_needs_neither_torch_nor_a_runtime(module) -> None:
     heavy = {"torch", "transformers", "onnxruntime", "polygraphy", "tensorrt"}

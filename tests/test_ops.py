@@ -44,21 +44,17 @@ def _session(
     model = ir.Model(graph, ir_version=10)
     ops.declare(model)
     for output in node.outputs:
-        output.type = ir.TensorType(_output_type(name, output.name or "", signature, keywords))
+        output.type = ir.TensorType(_output_type(output.name or "", signature, keywords))
     return running.session(model, optimized=optimized)
 
 
 def _output_type(
-    name: str, output: str, signature: tuple[Any, ...], attributes: Mapping[str, Any]
+    output: str, signature: tuple[Any, ...], attributes: Mapping[str, Any]
 ) -> ir.DataType:
     if output.endswith(("_q", "_present")):
         return ir.DataType.UINT8
     if output.endswith("_y"):
-        return (
-            ir.DataType(attributes["dtype"])
-            if name.endswith("Gemm") and attributes
-            else signature[0][0]
-        )
+        return ir.DataType(attributes["dtype"]) if "dtype" in attributes else signature[0][0]
     return FLOAT32
 
 
@@ -142,7 +138,7 @@ def test_hadamard_heads_equals_its_reference(heads, head_dim, leading, dtype) ->
 
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 70)),
-    bits=st.sampled_from([4, 6, 8]),
+    bits=st.sampled_from([3, 4, 5, 6, 7, 8]),
     clip_ratio=st.sampled_from([0.9, 1.0, 0.5]),
     magnitude=_MAGNITUDES,
     seed=st.integers(0, 99),
@@ -330,7 +326,7 @@ def _cache(
     codes, scale, zero = ops.quantize_kv(
         rng.normal(size=(batch, heads, past, size)).astype(np.float32), bits=bits
     )
-    return ops.pack_kv(codes) if bits == 4 else codes, scale, zero
+    return ops.pack_kv(codes) if bits <= 4 else codes, scale, zero
 
 
 @given(
@@ -339,7 +335,7 @@ def _cache(
     length=st.integers(1, 5),
     past=st.integers(0, 4),
     size=st.sampled_from([2, 8, 24, 64]),
-    bits=st.sampled_from([4, 6, 8]),
+    bits=st.sampled_from([3, 4, 5, 6, 7, 8]),
     clip_ratio=st.sampled_from([0.95, 1.0]),
     magnitude=_MAGNITUDES,
     dtype=st.sampled_from([np.float32, np.float16]),
@@ -355,7 +351,7 @@ def test_kv_append_gives_the_codes_scales_and_zeros_of_its_reference_exactly(
     new = _tokens(rng, batch, heads, length, size, magnitude=magnitude)
     if dtype == np.float16:
         new = np.clip(new, -6e4, 6e4).astype(np.float16)
-    name = "KvAppend" if bits == 4 else "KvAppendInt8"
+    name = "KvAppend" if bits <= 4 else "KvAppendInt8"
     outputs = run(name, new, *cache, bits=bits, clip_ratio=clip_ratio)
     expected = ops.kv_append(new, *cache, bits=bits, clip_ratio=clip_ratio)
     for actual, wanted in zip(outputs, expected, strict=True):
@@ -400,7 +396,7 @@ def test_kv_fake_quantize_equals_its_reference_exactly(bits, dtype) -> None:
     length=st.integers(1, 4),
     past=st.integers(0, 4),
     size=st.sampled_from([2, 8, 24]),
-    bits=st.sampled_from([4, 8]),
+    bits=st.sampled_from([3, 4, 8]),
     softcap=st.sampled_from([0.0, 0.7]),
     dtype=st.sampled_from([np.float32, np.float16]),
     seed=st.integers(0, 99),
@@ -415,7 +411,7 @@ def test_kv_attention_equals_its_reference(
     key = _cache(rng, batch, heads, total, size, bits)
     value = _cache(rng, batch, heads, total, size, bits)
     mask = rng.random((batch, 1, length, total)) < 0.7
-    name = f"KvAttention{'Softcap' if softcap else ''}{'' if bits == 4 else 'Int8'}"
+    name = f"KvAttention{'Softcap' if softcap else ''}{'' if bits <= 4 else 'Int8'}"
     attributes = {"scale": 0.3} | ({"softcap": softcap} if softcap else {})
     (y,) = run(name, q, *key, *value, mask, **attributes)
     expected = ops.kv_attention(q, *key, *value, mask, **attributes, bits=bits)
@@ -496,6 +492,11 @@ def _cases() -> dict[str, tuple[list[Array], dict[str, Any]]]:
     queries, mask = _tokens(rng, 2, 4, 3, 8), np.tri(3, 4, 1)[None, None].repeat(2, 0) > 0
     kv = {"bits": 4, "clip_ratio": 0.95}
     capped = {"scale": 0.5, "softcap": 0.7}
+    groups = {"clip_ratio": 0.95, "group_size": 4, "symmetric": 0}
+    q_token, *by_token = ops.groups.quantize_groups(x, bits=4, **groups | {"group_size": 48})
+    q_group, *by_group = ops.groups.quantize_groups(x, bits=4, **groups)
+    past = _cache(rng, 2, 2, 4, 8, 4)[0], *(np.ones((2, 2, 4, 2), np.float32),) * 2
+    past8 = large[0], *past[1:]
     return {
         "Hadamard": ([x, _orthonormal(12), _orthonormal(4)], {"factors": [12, 4]}),
         "HadamardHeads": ([x, _orthonormal(12)], {"factors": [12]}),
@@ -513,6 +514,16 @@ def _cases() -> dict[str, tuple[list[Array], dict[str, Any]]]:
         "KvAttentionInt8": ([queries, *large, *large, mask], {"scale": 0.5}),
         "KvAttentionSoftcap": ([queries, *small, *small, mask], capped),
         "KvAttentionSoftcapInt8": ([queries, *large, *large, mask], capped),
+        "QuantizeGroups": ([x], groups | {"bits": 4}),
+        "Int4GemmAsymmetric": ([q_token, *by_token, w, w_scale], {"dtype": 1}),
+        "Int8GemmAsymmetric": ([q_token, *by_token, w, w_scale], {"dtype": 1}),
+        "Int4GemmGroups": ([q_group, *by_group, w, w_scale], {"group_size": 4, "dtype": 1}),
+        "Int8GemmGroups": ([q_group, *by_group, w, w_scale], {"group_size": 4, "dtype": 1}),
+        "KvAppendGroups": ([new, *past], groups | {"bits": 3}),
+        "KvAppendGroupsInt8": ([new, *past8], groups | {"bits": 8}),
+        "KvFakeQuantizeGroups": ([new], groups | {"bits": 5}),
+        "KvDequantize": (list(past), {"dtype": 1}),
+        "KvDequantizeInt8": (list(past8), {"dtype": 1}),
     }
 
 

@@ -91,6 +91,7 @@ def test_the_last_override_wins() -> None:
         ("weigths.bits=4", "recipe w4a4kv4: unknown key weigths; did you mean weights.bits"),
         ("weights.bits=9", "recipe w4a4kv4: weights.bits = 9: input should be 2, 3, 4, 5, 6, 7, 8"),
         ("weights.bits=four", "weights.bits = 'four': input should be 2, 3, 4, 5, 6, 7, 8 or 16"),
+        ("activations.bits=2", "activations.bits = 2: input should be 3, 4, 5, 6, 7, 8 or 16"),
         ("weights=4", "recipe w4a4kv4: weights = 4: "),
         ("seed=-1", "seed = -1: input should be greater than or equal to 0"),
         ("seed=1.5", "seed = 1.5: input should be a valid integer"),
@@ -190,11 +191,23 @@ def test_onnx_runtime_runs_every_preset(name) -> None:
     ("overrides", "reason"),
     [
         ((), None),
-        (("kv_cache.bits=16",), None),
-        (("activations.bits=16",), None),
+        (("kv_cache.bits=16",), "kv_cache.bits = 16: the cache plugins store codes of 4 bits"),
+        (("activations.bits=16",), "activations.bits = 16: the GEMM plugin multiplies codes of 4"),
         (("weights.bits=8",), "weights.bits = 8: the GEMM plugin multiplies codes of 4 bits"),
         (("activations.bits=6",), "activations.bits = 6: the GEMM plugin multiplies codes"),
         (("kv_cache.bits=8",), "kv_cache.bits = 8: the cache plugins store codes of 4 bits"),
+        (
+            ("activations.mode=skew",),
+            "activations.mode = skew: no kernel writes zero points",
+        ),
+        (("activations.group_size=64",), "activations.group_size = 64: a token has one scale"),
+        (
+            ("activations.down_proj_bits=8",),
+            "activations.down_proj_bits = 8: the GEMM plugin multiplies codes of 4 bits",
+        ),
+        (("activations.clip=perplexity", "kv_cache.clip=error"), None),
+        (("kv_cache.mode=symmetric",), "kv_cache.mode = symmetric: the cache plugins write asymm"),
+        (("kv_cache.group_size=16",), "kv_cache.group_size = 16: a head has one scale"),
         (("kv_cache.io=float",), "kv_cache.io = float: a cache of rounded floats has no plugin"),
     ],
 )
@@ -236,4 +249,11 @@ def test_learned_matrices_run_online_where_no_plugin_takes_them() -> None:
     learned = load_recipe("w4a4kv4-learned").targets()[1].reasons
     assert learned == (
         "matrices of down, heads, key run online: the Hadamard plugins take no other matrices",
+    )
+
+
+def test_bits_of_down_proj_need_quantized_activations() -> None:
+    assert _refused("w4a16", "activations.down_proj_bits=8") == (
+        "recipe w4a16: recipe: activations.down_proj_bits = 8 with float activations; "
+        "set activations.bits below 16"
     )

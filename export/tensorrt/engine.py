@@ -21,13 +21,14 @@ from quarot_onnx import artifacts, ops
 from quarot_onnx.errors import InputError, MissingDependencyError, UnsupportedModelError, UsageError
 from quarot_onnx.export.huggingface import COMPANIONS
 from quarot_onnx.export.tensorrt import adapter
+from quarot_onnx.export.tensorrt.directory import PLAN
 from quarot_onnx.export.tensorrt.kernel_shapes import CAPACITY_MULTIPLE, padded
 from quarot_onnx.export.tensorrt.lint import problems
 from quarot_onnx.export.tensorrt.lowering import ActivationLayout, Target, lower, target_version
 from quarot_onnx.plugins import library
 from quarot_onnx.plugins.library import PluginLibrary
 
-PLAN, TRTEXEC = "model.plan", "trtexec.sh"
+TRTEXEC = "trtexec.sh"
 DEFAULT_VERSION = (11, 4)
 """What ``--onnx-only`` lowers for where nothing is said."""
 
@@ -309,34 +310,3 @@ def trtexec_command(
             )
             parts.append(f"--{bound}={shapes}")
     return " \\\n  ".join(parts)
-
-
-def load_engine_manifest(directory: Path, *, trust: bool = False) -> dict[str, Any]:
-    """The manifest of an engine directory whose plan is the one that was built.
-
-    An engine is native code: one that is not what the manifest says is not loaded, unless `trust`.
-
-    Raises:
-        InputError: no engine, or a file that was changed.
-    """
-    manifest = artifacts.load_manifest(directory)
-    described = manifest.get("tensorrt")
-    if not isinstance(described, dict) or not (described.get("engine") or trust):
-        raise InputError(
-            f"{directory}: holds no engine; build one with `quarot-onnx build` on a GPU machine"
-        )
-    if not (directory / PLAN).is_file():
-        raise InputError(f"{directory / PLAN}: no such file; build again")
-    if not trust:
-        if PLAN not in manifest.get("files", {}):
-            raise InputError(
-                f"{directory / PLAN}: is not in {artifacts.MANIFEST}, so nobody vouches for it; "
-                "build again, or add --trust-engine if it is yours"
-            )
-        changed = artifacts.changed_files(directory, manifest)
-        if changed:
-            raise InputError(
-                f"{directory / changed[0]}: is missing or differs from {artifacts.MANIFEST}; "
-                "build again, or add --trust-engine if the change is yours"
-            )
-    return manifest

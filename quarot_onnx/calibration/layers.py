@@ -30,6 +30,12 @@ Float32 = NDArray[np.float32]
 Progress = Callable[[int, int], None]
 """Called with the layers done and the layers in all."""
 
+Edit = Callable[[ir.Model], None]
+"""Changes a part of the graph, which is a copy, before it runs."""
+
+Compute = Callable[[slice, Mapping[str, Float32]], list[Float32]]
+"""The outputs of a part of the graph for a slice of the windows and more inputs by name."""
+
 HELD_BYTES = 256 << 20
 """States larger than this are streamed to disk; activations of a batch stay below it."""
 
@@ -150,6 +156,12 @@ class LayerRun:
             depth.update(dict.fromkeys(node.outputs, own))
         return [tuple(levels[level]) for level in sorted(levels)]
 
+    @contextmanager
+    def rest(self, end: ir.Value, edit: Edit) -> Iterator[Compute]:
+        """`end`, perhaps behind later layers, of windows and of the inputs that `edit` adds."""
+        with self._runner.opened([end], self._state, edit) as compute:
+            yield compute
+
     def following(self) -> Float32:
         """The states [windows, length, hidden_size] behind the layer as its nodes are now."""
         index = self.layer.index + 1
@@ -199,21 +211,34 @@ class _Runner:
         self, ends: list[ir.Value], start: ir.Value | None
     ) -> Iterator[tuple[slice, list[Float32]]]:
         """`ends` for a batch of windows at a time, computed from the stored values of `start`."""
+        with self.opened(ends, start) as compute:
+            for rows in self._batches():
+                yield rows, compute(rows, {})
+
+    @contextmanager
+    def opened(
+        self, ends: list[ir.Value], start: ir.Value | None, edit: Edit | None = None
+    ) -> Iterator[Compute]:
+        """A function of windows, and of the inputs that `edit` adds to the part of the graph."""
         if start is not None and any(end is start for end in ends):
             raise ValueError("an end is the start")
         with _scratch(self.directory) as directory:
             model = cut(self.decoder.model, ends, start)
             names = [value.name or "" for value in model.graph.outputs]
-            inputs = [value.name or "" for value in model.graph.inputs]
             cache = {v.name or "": v for v in model.graph.inputs if len(v.shape or ()) == 4}
+            if edit is not None:
+                edit(model)
+            inputs = [value.name or "" for value in model.graph.inputs]
             artifacts.require_space(directory / artifacts.DATA, artifacts.stored_bytes(model))
             artifacts.save_model(model, directory)
             session = load_session(directory / artifacts.MODEL)
-            for rows in self._batches():
-                feeds = self._feeds(rows, start, cache)
-                results = session.run(names, {name: feeds[name] for name in inputs})
-                yield rows, results
-            del session
+
+            def compute(rows: slice, more: Mapping[str, Float32]) -> list[Float32]:
+                feeds = {**self._feeds(rows, start, cache), **more}
+                results: list[Float32] = session.run(names, {name: feeds[name] for name in inputs})
+                return results
+
+            yield compute
 
     def _batches(self) -> Iterator[slice]:
         windows, length = self.calibration.tokens.shape

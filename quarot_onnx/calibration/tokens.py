@@ -46,6 +46,12 @@ class Calibration:
         digest = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
         return cls(np.ascontiguousarray(tokens, dtype=np.int64), source, digest)
 
+    def part(self, count: int) -> "Calibration":
+        """At most `count` evenly spaced windows of this."""
+        total = len(self.tokens)
+        kept = np.arange(min(count, total)) * total // min(count, total)
+        return Calibration.of(self.tokens[kept], self.source)
+
     def save(self, directory: Path) -> None:
         """Keep the tokens with an artifact, so that an evaluation can refuse them."""
         np.save(directory / TOKENS, self.tokens.astype("<i8"))

@@ -213,7 +213,7 @@ def table(content: dict[str, Any]) -> str:
             f"`{row.recipe}`",
             row.bits,
             f"{row.perplexity:,.3f}",
-            "" if row.count == 1 else f"{row.lowest:,.3f} to {row.highest:,.3f}",
+            "1" if row.count == 1 else f"{row.count}: {row.lowest:,.3f} to {row.highest:,.3f}",
             f"{row.loss:.4f}",
         ]
         if content["baseline"]:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TypeVar
 
 from quarot_onnx.calibration import Calibration, Journal, Progress
+from quarot_onnx.calibration.roundings import Roundings
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.hadamard import plan
 from quarot_onnx.passes.base import Effect, Pass, Report
@@ -26,6 +27,7 @@ from quarot_onnx.passes.insert_r4 import InsertR4Pass
 from quarot_onnx.passes.quantize_activations import QuantizeActivationsPass
 from quarot_onnx.passes.quantize_kv_cache import QuantizeKvCachePass
 from quarot_onnx.passes.quantize_weights import QuantizeWeightsPass
+from quarot_onnx.passes.search_clips import SearchClipsPass
 from quarot_onnx.passes.search_r1 import SearchR1Pass
 from quarot_onnx.passes.smooth_down_input import SmoothDownInputPass, scales_from_calibration
 from quarot_onnx.passes.untie_embeddings import untie_embeddings
@@ -70,22 +72,28 @@ def pipeline(
             )
         else:
             passes.append(QuantizeWeightsPass(decoder, **asdict(weights.form)))
+    return passes + _quantize_activations(recipe, decoder, calibration, progress)
+
+
+def _quantize_activations(
+    recipe: Recipe, decoder: Decoder, calibration: Calibration | None, progress: Progress | None
+) -> list[Pass]:
+    """Activations, then the cache; then a search over what both clip, where one is asked for."""
+    roundings = Roundings(decoder, recipe, calibration, progress)
+    quantized: list[QuantizeActivationsPass | QuantizeKvCachePass] = []
+    searched: list[QuantizeActivationsPass | QuantizeKvCachePass] = []
     if (activations := recipe.activations).bits < 16:
-        passes.append(
-            QuantizeActivationsPass(
-                decoder,
-                bits=activations.bits,
-                clip_ratio=activations.clip_ratio,
-                weight_bits=weights.bits,
-            )
-        )
+        choose, bits = roundings.of_activations, recipe.weights.bits
+        quantized.append(QuantizeActivationsPass(decoder, choose, weight_bits=bits))
+        searched += quantized if activations.clip == "perplexity" else []
     if (cache := recipe.kv_cache).bits < 16:
-        passes.append(
-            QuantizeKvCachePass(
-                decoder, bits=cache.bits, clip_ratio=cache.clip_ratio, form=cache.io
-            )
-        )
-    return passes
+        choose, form = roundings.of_cache, cache.io
+        quantized.append(QuantizeKvCachePass(decoder, choose, bits=cache.bits, form=form))
+        searched += quantized[-1:] if cache.clip == "perplexity" else []
+    if searched and calibration is not None:
+        part = calibration.part(recipe.calibration.search_windows)
+        return [*quantized, SearchClipsPass(decoder, part, searched, progress)]
+    return [*quantized]
 
 
 def _offline(

@@ -1,37 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize activations: one dynamic scale per token, integer products.
+"""Quantize activations: dynamic scales for every token, integer products.
 
     before:  y = (x @ codes) * w_scale
-    after:   q, scale = QuantizeInt4(x);   y = Int4Gemm(q, codes) * scale * w_scale
+    after:   q, scale = QuantizeInt4(x);          y = (q @ codes) * scale * w_scale
+    or, asymmetric or with a scale for each of several groups of features:
+             q, scale, zero = QuantizeGroups(x);  y = sum over groups of
+                                                      ((q - zero) @ codes) * scale * w_scale
 
-Lossy: x is rounded to ``bits`` bits per token; the product of codes is summed exactly in integers.
-Linears that read the same activation (q, k, v; gate, up) share one quantization, and so do the
-experts of a mixture: rows are quantized once, before they are copied for each expert of a token
-(``Gather``) and grouped by expert (``Split``); codes and scales are copied and grouped alike.
+Lossy: x is rounded to ``bits`` bits; the product of codes is summed exactly in integers. Linears
+that read the same activation (q, k, v; gate, up) share one quantization, and so do the experts of
+a mixture: rows are quantized once, before they are copied for each expert of a token (``Gather``)
+and grouped by expert (``Split``); codes, scales and zero points are copied and grouped alike. Bits,
+mode, clip and groups are the site's `Rounding`.
 """
+
+from collections.abc import Callable
 
 import onnx_ir as ir
 
 from quarot_onnx import ops
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UnsupportedModelError
-from quarot_onnx.handles import is_grouping
+from quarot_onnx.handles import Linear
 from quarot_onnx.passes.base import Effect, Pass, Report
 from quarot_onnx.passes.online import module_of
+from quarot_onnx.rounding import Choice, Quantizer, Site, moved_rows, rounded_value
 
 _EXACT_IN_16_BITS = 6  # two products of larger codes overflow the CPU kernels' int16 step: Int8Gemm
 
 
 class QuantizeActivationsPass(Pass):
-    """Replace each ``WeightOnlyGemm`` by ``QuantizeInt4`` and an integer GEMM."""
+    """Replace each ``WeightOnlyGemm`` by a quantizer and an integer GEMM."""
 
     effect = Effect.LOSSY
 
-    def __init__(self, decoder: Decoder, *, bits: int, clip_ratio: float, weight_bits: int) -> None:
+    def __init__(self, decoder: Decoder, choose: Callable[[], Choice], *, weight_bits: int) -> None:
+        """`choose` gives the sites and what is decided for them, when the pass runs.
+
+        `quantizers` are the nodes that it has put in place.
+        """
         super().__init__(decoder)
-        self.bits = bits
-        self.clip_ratio = clip_ratio
-        self.gemm = "Int4Gemm" if max(bits, weight_bits) <= _EXACT_IN_16_BITS else "Int8Gemm"
+        self.choose = choose
+        self.weight_bits = weight_bits
+        self.quantizers: list[Quantizer] = []
 
     def requires(self) -> None:
         """Every linear must hold codes already."""
@@ -44,44 +55,37 @@ class QuantizeActivationsPass(Pass):
 
     def rewrite(self) -> Report:
         """Quantize each distinct input once."""
-        graph = self.decoder.model.graph
-        quantized: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        choice = self.choose()
+        sites = {site.value: site for site in choice.sites}
+        quantized: dict[ir.Value, list[ir.Value]] = {}
         for linear in self.decoder.linears:
-            codes, scale = self._quantized(linear.x, linear.node, quantized)
-            _, w, w_scale = linear.node.inputs
-            assert w is not None
-            assert w_scale is not None
-            dtype = linear.node.outputs[0].dtype or ir.DataType.FLOAT
-            node = ops.node(
-                self.gemm,
-                [codes, scale, w, w_scale],
-                {"dtype": int(dtype)},
-                at=f"{linear.module}/{self.gemm}",
-            )
-            linear.replace(graph, node)
+            site = sites[rounded_value(linear)]
+            self._multiply(linear, self._quantized(linear.x, linear.node, quantized, site), site)
         ops.declare(self.decoder.model)
-        detail = f"{self.bits} bits, per token, clip {self.clip_ratio:g}"
-        return self.report(len(self.decoder.linears), detail)
+        return self.report(
+            len(self.decoder.linears), choice.describe("per token"), records=choice.records()
+        )
 
     def _quantized(
-        self, x: ir.Value, user: ir.Node, known: dict[ir.Value, tuple[ir.Value, ir.Value]]
-    ) -> tuple[ir.Value, ir.Value]:
-        """Codes and scale of `x`, which `user` reads; `known` are those of other values."""
+        self, x: ir.Value, user: ir.Node, known: dict[ir.Value, list[ir.Value]], site: Site
+    ) -> list[ir.Value]:
+        """Codes, scale and perhaps zero point of `x`, which `user` reads.
+
+        `known` are those of other values; `site` is where the rows of `x` are rounded.
+        """
         if x not in known:
             mover = x.producer()
-            rows = mover.inputs[0] if mover is not None and _moves_rows(mover) else None
+            rows = moved_rows(mover)
             if mover is None or rows is None:
-                name = f"{module_of(user)}/QuantizeInt4"
-                node = self._quantize(x, self._first_reader(x), name)
-                known[x] = node.outputs[0], node.outputs[1]
+                known[x] = self._quantize(site, self._first_reader(x), module_of(user))
             else:
-                parts = self._quantized(rows, mover, known)
+                parts = self._quantized(rows, mover, known, site)
                 copies = [
                     self._moved(mover, part, kind)
-                    for part, kind in zip(parts, ("codes", "scale"), strict=True)
+                    for part, kind in zip(parts, ("codes", "scale", "zero"), strict=False)
                 ]
                 for number, output in enumerate(mover.outputs):
-                    known[output] = copies[0].outputs[number], copies[1].outputs[number]
+                    known[output] = [copy.outputs[number] for copy in copies]
         return known[x]
 
     def _first_reader(self, x: ir.Value) -> ir.Node:
@@ -92,7 +96,7 @@ class QuantizeActivationsPass(Pass):
         return next(node for node in self.decoder.model.graph if node in readers)
 
     def _moved(self, mover: ir.Node, part: ir.Value, kind: str) -> ir.Node:
-        """A copy of `mover` for `part`, the codes [rows, k] or the scales [rows, 1]."""
+        """A copy of `mover` for `part`, the codes [rows, k], scales or zeros [rows, groups]."""
         name = f"{mover.name}_{kind}"
         attributes = list(mover.attributes.values())
         copy = ir.Node(
@@ -111,18 +115,34 @@ class QuantizeActivationsPass(Pass):
         self.decoder.model.graph.insert_before(mover, copy)
         return copy
 
-    def _quantize(self, x: ir.Value, before: ir.Node, name: str) -> ir.Node:
-        attributes = {"bits": self.bits, "clip_ratio": self.clip_ratio}
-        node = ops.node("QuantizeInt4", [x], attributes, at=name)
+    def _quantize(self, site: Site, before: ir.Node, module: str) -> list[ir.Value]:
+        x, attributes = site.value, site.rounding.attributes
+        # The one that the CUDA kernels share, where it is enough.
+        is_common = site.rounding.symmetric and not site.has_groups
+        name = "QuantizeInt4" if is_common else "QuantizeGroups"
+        wanted = {key: attributes[key] for key in ops.OPERATORS[name].attributes}
+        node = ops.node(name, [x], wanted, at=f"{module}/{name}")
         assert x.shape is not None
-        node.outputs[0].type, node.outputs[0].shape = ir.TensorType(ir.DataType.UINT8), x.shape
-        node.outputs[1].type = ir.TensorType(ir.DataType.FLOAT)
-        node.outputs[1].shape = ir.Shape([*x.shape[:-1], 1])
+        codes, *parts = node.outputs
+        codes.type, codes.shape = ir.TensorType(ir.DataType.UINT8), x.shape
+        for value in parts:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+            value.shape = ir.Shape([*x.shape[:-1], site.features // site.rounding.group_size])
         self.decoder.model.graph.insert_before(before, node)
-        return node
+        self.quantizers.append(Quantizer(site, node))
+        return list(node.outputs)
 
-
-def _moves_rows(node: ir.Node) -> bool:
-    """Whether `node` copies or groups the rows of its first input."""
-    is_gather = node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0
-    return is_gather or is_grouping(node)
+    def _multiply(self, linear: Linear, quantized: list[ir.Value], site: Site) -> None:
+        bits = max(site.rounding.bits, self.weight_bits)
+        name = "Int4Gemm" if bits <= _EXACT_IN_16_BITS else "Int8Gemm"
+        attributes = {"dtype": int(linear.node.outputs[0].dtype or ir.DataType.FLOAT)}
+        if site.has_groups:
+            name += "Groups"
+            attributes["group_size"] = site.rounding.group_size
+        elif not site.rounding.symmetric:
+            name += "Asymmetric"
+        _, w, w_scale = linear.node.inputs
+        assert w is not None
+        assert w_scale is not None
+        node = ops.node(name, [*quantized, w, w_scale], attributes, at=f"{linear.module}/{name}")
+        linear.replace(self.decoder.model.graph, node)

@@ -42,6 +42,7 @@ from quarot_onnx.validate.behaviour import (
     check_padding,
     check_sensitivity,
 )
+from quarot_onnx.validate.deployed import check_engine, check_triton
 from quarot_onnx.validate.side_by_side import check_outputs, load_tolerances
 from quarot_onnx.validate.subject import Subject
 from quarot_onnx.validate.verdict import Finding, Skip, Stage, Verdict
@@ -69,6 +70,9 @@ _STAGES: dict[str, Callable[[Subject], Finding]] = {
     "padding": check_padding,
     # Does every host compute the same?
     "outputs": check_outputs,
+    # What is deployed, is it made of this artifact?
+    "trt": check_engine,
+    "triton": check_triton,
 }
 
 IDS = tuple(_STAGES)
@@ -82,6 +86,8 @@ def validate(
     require: Sequence[str] = (),
     tolerance: float | None = None,
     tolerances: Path | None = None,
+    engine: Path | None = None,
+    triton_repository: Path | None = None,
     runtime: str = "ort-cpu",
     threads: int | None = None,
     progress: Callable[[Stage], None] | None = None,
@@ -95,6 +101,8 @@ def validate(
         tolerance: of two computations of one function, see `Subject`; by the artifact's dtype
             where None.
         tolerances: a file for stage ``outputs``, see `quarot_onnx.validate.side_by_side`.
+        engine: a directory that ``quarot-onnx build`` made of `artifact`.
+        triton_repository: one that ``quarot-onnx triton`` made of it.
         runtime: where the graph runs.
         threads: of one operator.
         progress: called after each stage.
@@ -113,6 +121,7 @@ def validate(
     subject = Subject(artifact, reference, runtime=runtime, threads=threads, tolerance=tolerance)
     if tolerances is not None:
         subject.tolerances = load_tolerances(tolerances)
+    subject.engine, subject.triton_repository = engine, triton_repository
     if reference is not None:
         _ = subject.checkpoint, subject.judge  # a damaged reference is no finding on the artifact
     stages: list[Stage] = []

@@ -11,6 +11,7 @@ import onnx
 
 from quarot_onnx.artifacts import DATA, MODEL, changed_files
 from quarot_onnx.errors import UnsupportedModelError
+from quarot_onnx.ops import PACKED_BITS
 from quarot_onnx.validate.subject import Subject
 from quarot_onnx.validate.verdict import Finding, Skip
 
@@ -112,8 +113,13 @@ def _interface(subject: Subject) -> tuple[_Interface, _Interface]:
     int64, float32 = onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
     size = subject.head_dim
     if cache.bits < 16 and cache.io == "packed":
-        codes = size // 2 if cache.bits == 4 else size
-        parts = {"": (onnx.TensorProto.UINT8, codes), "_scale": (float32, 1), "_zero": (float32, 1)}
+        codes = size // 2 if cache.bits <= PACKED_BITS else size
+        groups = size // min(cache.group_size or size, size)
+        parts = {
+            "": (onnx.TensorProto.UINT8, codes),
+            "_scale": (float32, groups),
+            "_zero": (float32, groups),
+        }
     else:
         parts = {"": (subject.element_type, size)}
     inputs: _Interface = {

@@ -19,6 +19,7 @@ half times what rounding itself moves it, see `check_outputs`.
 import time
 import tomllib
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -169,7 +170,10 @@ def _hosts(subject: Subject) -> list[tuple[str, CausalModel]]:
     model = subject.need_model()
     judge = _judge(subject)
     hosts: list[tuple[str, CausalModel]] = [] if judge is None else [("PyTorch", judge)]
-    return [*hosts, (subject.runtime, model)]
+    hosts.append((subject.runtime, model))
+    with suppress(Skip, InputError):  # stage trt says why
+        hosts.append(("tensorrt", subject.engine_model))
+    return hosts
 
 
 def _judge(subject: Subject) -> CausalModel | None:

@@ -14,7 +14,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from quarot_onnx.artifacts import MODEL, load_manifest
-from quarot_onnx.errors import InputError
+from quarot_onnx.errors import InputError, MissingDependencyError
 from quarot_onnx.export.architectures import LLAMA_MODULES
 from quarot_onnx.export.checkpoint import Checkpoint
 from quarot_onnx.recipe import Recipe
@@ -23,6 +23,7 @@ from quarot_onnx.validate.verdict import Skip
 
 if TYPE_CHECKING:
     from quarot_onnx.reference import FakeQuantModel, HuggingFaceModel
+    from quarot_onnx.tensorrt_runtime import EngineModel
     from quarot_onnx.validate.side_by_side import Tolerance
 
 _SIZES = (
@@ -75,6 +76,8 @@ class Subject:
         epsilon: the spacing of `dtype` at 1.
         tolerance: max|difference| / max|logit| of two computations of one function in `dtype`.
         tolerances: of the outputs that hosts are compared by; empty where no file gave them.
+        engine: the directory of an engine made of the artifact, if given.
+        triton_repository: the directory of a repository made of it, if given.
         is_loaded: the runtime took the graph; `check_load` sets it.
         is_finite: all weights and logits are finite; `check_finite` sets it.
     """
@@ -104,6 +107,8 @@ class Subject:
         self.is_loaded = False
         self.is_finite = False
         self.tolerances: dict[str, Tolerance] = {}
+        self.engine: Path | None = None
+        self.triton_repository: Path | None = None
 
     # --- The artifact ---
 
@@ -149,6 +154,22 @@ class Subject:
     def model(self) -> OnnxModel:
         """The graph in `runtime`; stages after `check_load` ask `need_model` for it."""
         return OnnxModel(self.artifact, runtime=self.runtime, threads=self.threads)
+
+    @cached_property
+    def engine_model(self) -> "EngineModel":
+        """The engine in TensorRT.
+
+        Raises:
+            Skip: none was given, or this machine cannot run it.
+        """
+        if self.engine is None:
+            raise Skip("no engine was given (--engine)")
+        try:
+            from quarot_onnx.tensorrt_runtime import EngineModel  # noqa: PLC0415
+
+            return EngineModel(self.engine)
+        except MissingDependencyError as error:
+            raise Skip(str(error)) from error
 
     # --- What judges it ---
 
@@ -203,7 +224,7 @@ class Subject:
             "input_ids": self.ids,
             "attention_mask": mask,
             "position_ids": position_ids(mask, length),
-            **self.model.new_cache(batch),
+            **self.model.empty_past(batch),
         }
 
     @cached_property

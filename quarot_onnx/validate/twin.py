@@ -220,7 +220,13 @@ class Twin:
         """The recipe itself, or one with the same bits that needs no text."""
         if not self.is_calibrated:
             return recipe
-        return recipe.model_copy(update={"weights": Weights(bits=recipe.weights.bits)})
+        return recipe.model_copy(
+            update={
+                "weights": Weights(bits=recipe.weights.bits),
+                "activations": recipe.activations.uncalibrated(),
+                "kv_cache": recipe.kv_cache.uncalibrated(),
+            }
+        )
 
     @cached_property
     def _values(self) -> dict[str, ir.Value]:

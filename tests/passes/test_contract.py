@@ -9,11 +9,13 @@ import onnx_ir as ir
 import pytest
 
 import quarot_onnx.passes as package
+from quarot_onnx.calibration import Calibration
+from quarot_onnx.calibration.roundings import Roundings
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.hadamard import plan
 from quarot_onnx.passes import Effect, Pass, pipeline
 from quarot_onnx.passes.base import APPLIED
-from quarot_onnx.recipe import load_recipe, preset_names
+from quarot_onnx.recipe import Recipe, load_recipe, preset_names
 from quarot_onnx.rotation import Rotation
 from tests import float64, running
 from tests.small_decoder import assert_equivalent, invertible, located, logits, refused
@@ -48,10 +50,10 @@ BUILD: dict[type[Pass], Callable[[Decoder], Pass]] = {
     package.InsertR4Pass: package.InsertR4Pass,
     package.QuantizeWeightsPass: lambda d: package.QuantizeWeightsPass(d, bits=4, clip_search=True),
     package.QuantizeActivationsPass: lambda d: package.QuantizeActivationsPass(
-        d, bits=4, clip_ratio=0.9, weight_bits=4
+        d, Roundings(d, Recipe(), None).of_activations, weight_bits=4
     ),
     package.QuantizeKvCachePass: lambda d: package.QuantizeKvCachePass(
-        d, bits=4, clip_ratio=0.95, form="packed"
+        d, Roundings(d, Recipe(), None).of_cache, bits=4, form="packed"
     ),
 }
 """How to make each pass for a `small_decoder`."""
@@ -77,7 +79,7 @@ def _prepared(kind: type[Pass]) -> Decoder:
 each_pass = pytest.mark.parametrize("kind", BUILD, ids=lambda kind: kind.__name__)
 
 
-CALIBRATED = {package.CalibrateWeightsPass}
+CALIBRATED = {package.CalibrateWeightsPass, package.SearchClipsPass}
 """They run the layers on tokens, which a `small_decoder` has no mask for; tested on their own."""
 
 
@@ -197,11 +199,14 @@ def test_the_passes_of_a_recipe_are_the_ones_it_names_in_the_order_of_the_paper(
         "InsertHeadsHadamard": recipe.rotations.heads,
         "InsertR3": recipe.rotations.r3,
         "InsertR4": recipe.rotations.r4,
-        "QuantizeWeights": recipe.weights.bits < 16,
+        "QuantizeWeights": recipe.weights.bits < 16 and not recipe.weights.is_calibrated,
+        "CalibrateWeights": recipe.weights.bits < 16 and recipe.weights.is_calibrated,
         "QuantizeActivations": recipe.activations.bits < 16,
         "QuantizeKvCache": recipe.kv_cache.bits < 16,
+        "SearchClips": "perplexity" in (recipe.activations.clip, recipe.kv_cache.clip),
     }
-    names = [step.name for step in pipeline(recipe, located())]
+    calibration = Calibration.of(np.zeros((1, 2), np.int64), "zeros")
+    names = [step.name for step in pipeline(recipe, located(), calibration)]
     assert names == [name for name, is_asked in asked.items() if is_asked]
 
 

@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized activations: one rounding per token, integer products, shared by readers."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from quarot_onnx import ops
+from quarot_onnx import groups, ops
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.passes.quantize_activations import QuantizeActivationsPass
 from quarot_onnx.passes.quantize_weights import QuantizeWeightsPass
+from quarot_onnx.recipe import Activations
+from quarot_onnx.rounding import Choice, activation_sites
 from tests import float64, running
 from tests.small_decoder import assert_golden, located, logits, refused, text
 
 
-def _quantize(decoder: Decoder, bits: int = 4, weight_bits: int = 4) -> QuantizeActivationsPass:
-    return QuantizeActivationsPass(decoder, bits=bits, clip_ratio=0.9, weight_bits=weight_bits)
+def _quantize(
+    decoder: Decoder, bits: int = 4, weight_bits: int = 4, **options: Any
+) -> QuantizeActivationsPass:
+    recipe = Activations(**{"bits": bits, "clip_ratio": 0.9} | options)
+    return QuantizeActivationsPass(
+        decoder, lambda: Choice(tuple(activation_sites(decoder, recipe))), weight_bits=weight_bits
+    )
 
 
-def _quantized(bits: int, weight_bits: int, dtype: str = "float") -> Decoder:
+def _quantized(bits: int, weight_bits: int, dtype: str = "float", **options: Any) -> Decoder:
     decoder = located(dtype=dtype)
     QuantizeWeightsPass(decoder, bits=weight_bits, clip_search=True)()
-    _quantize(decoder, bits, weight_bits)()
+    _quantize(decoder, bits, weight_bits, **options)()
     return decoder
 
 
@@ -29,13 +38,51 @@ def test_golden() -> None:
     before = text(decoder.model)
     report = _quantize(decoder)()
     assert_golden("quantize_activations", before, text(decoder.model))
-    assert (report.sites, report.detail) == (7, "4 bits, per token, clip 0.9")
+    assert report.sites == 7
+    assert report.detail == "4 bits, per token, 0 of 4 sites asymmetric, clip 0.9"
 
 
-@pytest.mark.parametrize("dtype", ["float", "float16"])
-@pytest.mark.parametrize(("bits", "weight_bits"), [(4, 4), (6, 6), (8, 8), (4, 8), (8, 4)])
-def test_the_function_is_that_of_rounded_activations(bits, weight_bits, dtype) -> None:
-    decoder = _quantized(bits, weight_bits, dtype)
+def test_golden_in_asymmetric_groups() -> None:
+    decoder = located()
+    QuantizeWeightsPass(decoder, bits=4, clip_search=True)()
+    before = text(decoder.model)
+    options = {"mode": "asymmetric", "group_size": 4, "down_proj_bits": 8}
+    report = _quantize(decoder, **options)()
+    assert_golden("quantize_activations_groups", before, text(decoder.model))
+    assert (
+        report.detail
+        == "4 and 8 bits, per token, groups of 4, 4 of 4 sites asymmetric, clip 0.9 to 1"
+    )
+    assert report.records[3] == {
+        "site": "/layers.0/down_proj",
+        "readers": ["/layers.0/down_proj"],
+        "kind": "down_proj",
+        "bits": 8,
+        "symmetric": False,
+        "clip_ratio": 1.0,
+        "group_size": 4,
+    }
+
+
+FORMS = {
+    "symmetric": {},
+    "asymmetric": {"mode": "asymmetric"},
+    "groups": {"group_size": 4},
+    "asymmetric groups": {"mode": "asymmetric", "group_size": 4},
+    "down_proj at 8 bits": {"down_proj_bits": 8},
+}
+
+
+CASES = [
+    *((4, 4, form, dtype) for form in FORMS for dtype in ("float", "float16")),
+    *((*bits, "symmetric", "float") for bits in ((3, 3), (6, 6), (8, 8), (4, 8), (8, 4))),
+    *((*bits, "asymmetric groups", "float") for bits in ((3, 3), (8, 8))),
+]
+
+
+@pytest.mark.parametrize(("bits", "weight_bits", "form", "dtype"), CASES)
+def test_the_function_is_that_of_rounded_activations(bits, weight_bits, form, dtype) -> None:
+    decoder = _quantized(bits, weight_bits, dtype, **FORMS[form])
     actual = logits(running.run, decoder.model).astype(np.float64)
 
     wanted = logits(_reference_run, decoder.model)
@@ -59,21 +106,31 @@ def _reference_run(model, feeds):
             results = ops.quantize_int4(
                 inputs[0], bits=attributes["bits"], clip_ratio=attributes["clip_ratio"]
             )
+        elif node.op_type == "QuantizeGroups":
+            results = groups.quantize_groups(inputs[0], **_options(attributes))
         elif node.op_type in ("Int4Gemm", "Int8Gemm"):
             results = (ops.int4_gemm(*inputs),)
+        elif node.op_type.endswith("Asymmetric"):
+            results = (groups.gemm_asymmetric(*inputs),)
+        elif node.op_type.endswith("Groups"):
+            results = (groups.gemm_groups(*inputs, group_size=attributes["group_size"]),)
         else:
             results = (float64._OPERATORS[node.op_type](attributes, *inputs),)
         values.update(zip(node.outputs, results, strict=True))
     return {value.name: values[value] for value in model.graph.outputs}
 
 
-def test_more_bits_are_closer_to_the_float_model() -> None:
+def _options(attributes: dict[str, Any]) -> dict[str, Any]:
+    names = ("bits", "clip_ratio", "group_size", "symmetric")
+    return {name: attributes[name] for name in names}
+
+
+@pytest.mark.parametrize("form", list(FORMS)[:4])
+def test_more_bits_are_closer_to_the_float_model(form) -> None:
     wanted = logits(float64.run, located().model)
     errors = []
-    for bits in (4, 6, 8):
-        decoder = located()
-        QuantizeWeightsPass(decoder, bits=8, clip_search=True)()
-        QuantizeActivationsPass(decoder, bits=bits, clip_ratio=1.0, weight_bits=8)()
+    for bits in (3, 5, 8):
+        decoder = _quantized(bits, 8, clip_ratio=1.0, **FORMS[form])
         errors.append(np.abs(logits(running.run, decoder.model) - wanted).mean())
     assert errors[0] > errors[1] > errors[2] > 0
 
@@ -101,3 +158,31 @@ def test_refuses_float_weights() -> None:
         "/layers.0/q_proj/MatMul: its weight is float; integer products need weights.bits below 16",
     ):
         _quantize(decoder)()
+
+
+def test_down_proj_alone_has_its_own_bits() -> None:
+    decoder = _quantized(4, 4, down_proj_bits=8)
+    kinds = {linear.name: linear.node.op_type for linear in decoder.linears}
+    assert kinds.pop("/layers.0/down_proj/Int8Gemm") == "Int8Gemm"
+    assert set(kinds.values()) == {"Int4Gemm"}
+    (node,) = {linear.node.inputs[0].producer() for linear in decoder.linears[-1:]}
+    assert node.attributes["bits"].as_int() == 8
+    assert node.attributes["clip_ratio"].as_float() == 1
+
+
+def test_a_row_that_the_groups_do_not_divide_has_as_many_as_the_residual_stream() -> None:
+    decoder = located(hidden_size=8, intermediate_size=22)
+    sites = {s.kind: s for s in activation_sites(decoder, Activations(group_size=4))}
+    assert (sites["qkv"].rounding.group_size, sites["down_proj"].rounding.group_size) == (4, 11)
+
+
+def test_refuses_groups_that_divide_nothing() -> None:
+    decoder = located(hidden_size=8, intermediate_size=13)
+    QuantizeWeightsPass(decoder, bits=4, clip_search=True)()
+    with refused(
+        decoder,
+        "/layers.0/down_proj/WeightOnlyGemm: in_features = 13 is no multiple of "
+        "activations.group_size = 4, nor of the residual stream's number of groups; "
+        "choose a divisor of it",
+    ):
+        _quantize(decoder, group_size=4)()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantized cache: packed with scales and zeros as I/O, or on the same grid in float."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,12 +11,27 @@ from hypothesis import strategies as st
 from quarot_onnx import ops
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.passes.quantize_kv_cache import QuantizeKvCachePass
+from quarot_onnx.recipe import KvCache
+from quarot_onnx.rounding import Choice, cache_sites
 from tests import float64, running
 from tests.small_decoder import assert_golden, feeds, located, logits, refused, text
 
 
-def _quantize(decoder: Decoder, bits: int = 4, form: str = "packed") -> QuantizeKvCachePass:
-    return QuantizeKvCachePass(decoder, bits=bits, clip_ratio=0.95, form=form)
+def _quantize(
+    decoder: Decoder, bits: int = 4, form: str = "packed", **options: Any
+) -> QuantizeKvCachePass:
+    recipe = KvCache(bits=bits, io=form, **options)
+    return QuantizeKvCachePass(
+        decoder, lambda: Choice(tuple(cache_sites(decoder, recipe))), bits=bits, form=form
+    )
+
+
+FORMS = {
+    "asymmetric": {},
+    "symmetric": {"mode": "symmetric"},
+    "groups": {"group_size": 2},
+    "symmetric groups": {"mode": "symmetric", "group_size": 2},
+}
 
 
 @pytest.mark.parametrize("form", ["packed", "float"])
@@ -23,11 +40,31 @@ def test_golden(form) -> None:
     before = text(decoder.model)
     report = _quantize(decoder, form=form)()
     assert_golden(f"quantize_kv_cache_{form}", before, text(decoder.model))
-    assert (report.sites, report.detail) == (2, f"4 bits, per token and head, {form} cache")
+    assert report.sites == 2
+    assert report.detail == (
+        f"4 bits, per token and head, 2 of 2 sites asymmetric, clip 0.95, {form} cache"
+    )
 
 
-@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_golden_in_groups() -> None:
+    decoder = located()
+    before = text(decoder.model)
+    report = _quantize(decoder, bits=3, mode="symmetric", group_size=2)()
+    assert_golden("quantize_kv_cache_groups", before, text(decoder.model))
+    assert report.records[0] == {
+        "site": "/layers.0/key",
+        "readers": ["/layers.0/key"],
+        "kind": "keys",
+        "bits": 3,
+        "symmetric": True,
+        "clip_ratio": 0.95,
+        "group_size": 2,
+    }
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
 @given(
+    kind=st.sampled_from(list(FORMS)),
     heads=st.sampled_from([(4, 2), (6, 1), (2, 2)]),
     head_dim=st.sampled_from([2, 4, 24]),
     dtype=st.sampled_from(["float", "float16"]),
@@ -35,13 +72,13 @@ def test_golden(form) -> None:
 )
 @settings(max_examples=10, deadline=None)
 def test_the_packed_cache_computes_what_the_float_cache_does(
-    bits, heads, head_dim, dtype, num_layers
+    bits, kind, heads, head_dim, dtype, num_layers
 ) -> None:
     options = {"head_dim": head_dim, "dtype": dtype, "num_layers": num_layers}
     options |= {"num_heads": heads[0], "num_kv_heads": heads[1]}
     packed, plain = located(**options), located(**options)
-    _quantize(packed, bits)()
-    _quantize(plain, bits, "float")()
+    _quantize(packed, bits, **FORMS[kind])()
+    _quantize(plain, bits, "float", **FORMS[kind])()
     a, b = (logits(running.run, d.model).astype(np.float64) for d in (packed, plain))
     # A second layer's code may fall on the other side of a rounding boundary. In float32, products
     # with bytes up to 255 cancel to values of a few steps, which costs 5 bits.
@@ -61,13 +98,14 @@ def test_the_packed_cache_holds_the_codes_of_the_float_keys() -> None:
     np.testing.assert_array_equal(outputs["present.0.key_zero"], zero)
 
 
+@pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("form", ["packed", "float"])
-def test_more_bits_are_closer_to_the_float_model(form) -> None:
+def test_more_bits_are_closer_to_the_float_model(form, kind) -> None:
     wanted = logits(float64.run, located().model)
     errors = []
-    for bits in (4, 6, 8):
+    for bits in (3, 5, 8):
         decoder = located()
-        QuantizeKvCachePass(decoder, bits=bits, clip_ratio=1.0, form=form)()
+        _quantize(decoder, bits, form, clip_ratio=1.0, **FORMS[kind])()
         errors.append(np.abs(logits(running.run, decoder.model) - wanted).mean())
     assert errors[0] > errors[1] > errors[2] > 0
 
@@ -110,7 +148,7 @@ def test_a_softcap_stays_on_the_scores() -> None:
     wanted = logits(float64.run, _capped().model)
     plain = logits(float64.run, located().model)
     decoder = _capped()
-    QuantizeKvCachePass(decoder, bits=8, clip_ratio=1.0, form="packed")()
+    _quantize(decoder, 8, clip_ratio=1.0)()
     (attention,) = (node for node in decoder.model.graph if "KvAttention" in node.op_type)
     assert attention.op_type == "KvAttentionSoftcapInt8"
     assert attention.attributes["softcap"].as_float() == np.float32(0.7)
@@ -122,3 +160,39 @@ def test_a_softcap_over_a_float_cache_stays_in_the_attention() -> None:
     decoder = _capped()
     assert _quantize(decoder, form="float")().sites == 2
     assert "softcap" in decoder.layers[0].attention.node.attributes
+
+
+def test_a_softcap_over_groups_stays_in_the_attention() -> None:
+    wanted = logits(float64.run, _capped().model)
+    decoder = _capped()
+    _quantize(decoder, 8, group_size=2, clip_ratio=1.0)()
+    assert "softcap" in decoder.layers[0].attention.node.attributes
+    got = logits(running.run, decoder.model)
+    assert np.abs(got - wanted).max() < 0.02 * np.abs(wanted).max()
+
+
+def test_a_cache_of_3_bits_is_stored_as_that_of_4() -> None:
+    shapes = []
+    for bits in (3, 4):
+        decoder = located()
+        _quantize(decoder, bits)()
+        shapes.append([(v.name, v.dtype, str(v.shape)) for v in decoder.model.graph.inputs])
+    assert shapes[0] == shapes[1]
+
+
+def test_a_group_has_a_scale_of_its_own_in_the_interface() -> None:
+    decoder = located()
+    _quantize(decoder, group_size=2)()
+    shapes = {v.name: [str(n) for n in v.shape] for v in decoder.model.graph.outputs}
+    assert shapes["present.0.key"] == ["B", "2", "T", "2"]
+    assert shapes["present.0.value_zero"] == ["B", "2", "T", "2"]
+
+
+def test_refuses_groups_that_do_not_divide_a_head() -> None:
+    decoder = located()
+    with refused(
+        decoder,
+        "/layers.0/Attention: head_dim = 4 is no multiple of kv_cache.group_size = 3; "
+        "choose a divisor of 4",
+    ):
+        _quantize(decoder, group_size=3)()

@@ -18,6 +18,7 @@ from quarot_onnx.errors import (
     UsageError,
 )
 from quarot_onnx.export.tensorrt import engine
+from quarot_onnx.export.tensorrt.directory import load_engine_manifest
 from quarot_onnx.export.tensorrt.engine import BuildOptions, Limits, build
 from quarot_onnx.plugins import library
 from tests.conftest import Exported
@@ -102,7 +103,7 @@ def test_an_engine_directory_is_not_built_again(artifact: Path, tmp_path: Path) 
     with pytest.raises(InputError, match="is built for TensorRT already; give what `export` wrote"):
         build(tmp_path / "engine", tmp_path / "again", Limits(), ONNX_ONLY)
     with pytest.raises(InputError, match="holds no engine; build one with `quarot-onnx build` on"):
-        engine.load_engine_manifest(tmp_path / "engine")
+        load_engine_manifest(tmp_path / "engine")
 
 
 def test_limits_that_do_not_fit_are_usage_errors() -> None:

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Codes in groups: the references and ONNX bodies of the operators with zero points and groups.
+
+`quarot_onnx.ops` has the common forms, which the CUDA kernels share: symmetric activations with one
+scale per token, and an asymmetric cache with one per token and head. The operators here say
+everything else of a row of k features: symmetric or asymmetric, one scale per group of `group_size`
+features (the whole row is one group), 3 to 8 bits. They run through their ONNX bodies only.
+
+Codes are ``0 .. 2**bits - 1`` in uint8 with a float32 scale and an integer-valued float32 zero
+point per group: ``value = (code - zero) * scale``. A symmetric group has the zero point
+``2**(bits - 1)``. A scale that would be 0 is 1.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Float32 = NDArray[np.float32]
+Codes = NDArray[np.uint8]
+
+
+# --- References -----------------------------------------------------------------------------------
+
+
+def quantize_groups(
+    x: Array, *, bits: int, clip_ratio: float, group_size: int, symmetric: int
+) -> tuple[Codes, Float32, Float32]:
+    """Codes [..., k], scale and zero point [..., k / group_size] of x [..., k], per group.
+
+    Symmetric: ``scale = max|x| * (clip_ratio / qmax)`` with ``qmax = 2**(bits - 1) - 1``; else
+    ``qmax = 2**bits - 1``, ``scale = (max(x, 0) - min(x, 0)) * (clip_ratio / qmax)`` and
+    ``zero = round(-min(x, 0) * clip_ratio / scale)`` (QuaRot, section 4 and its group-wise table).
+    """
+    x = x.astype(np.float32)
+    grouped = x.reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size)
+    low = np.minimum(grouped.min(axis=-1, keepdims=True), np.float32(0))
+    high = np.maximum(grouped.max(axis=-1, keepdims=True), np.float32(0))
+    top = np.float32(2**bits - 1)
+    clip = np.float32(clip_ratio)
+    span, levels = (np.maximum(-low, high), top // 2) if symmetric else (high - low, top)
+    scale = span * (clip / levels)
+    scale = np.where(scale == 0, np.float32(1), scale)
+    zero = np.full_like(scale, top // 2 + 1) if symmetric else np.rint(-low * clip / scale)
+    codes = np.clip(np.rint(grouped / scale) + zero, np.float32(0), top)
+    return codes.astype(np.uint8).reshape(x.shape), scale[..., 0], zero[..., 0]
+
+
+def group_values(codes: Array, scale: Float32, zero: Float32) -> Float32:
+    """What codes [..., k] stand for, with scale and zero point [..., k / group_size]."""
+    size = codes.shape[-1] // scale.shape[-1]
+    grouped = codes.astype(np.float32).reshape(*scale.shape, size)
+    values: Float32 = ((grouped - zero[..., None]) * scale[..., None]).reshape(codes.shape)
+    return values
+
+
+def gemm_asymmetric(
+    q: Codes, scale: Float32, zero: Float32, w: Array, w_scale: Float32, *, dtype: Any = np.float32
+) -> Array:
+    """``(q - zero) @ w`` summed exactly, times scale times w_scale, rounded once to dtype.
+
+    q [..., k], scale and zero [..., 1], w [k, n] signed codes, w_scale [n] -> [..., n].
+    """
+    accumulator = (q.astype(np.int64) - zero.astype(np.int64)) @ w.astype(np.int64)
+    return ((accumulator.astype(np.float32) * scale) * w_scale).astype(dtype)
+
+
+def gemm_groups(
+    q: Codes,
+    scale: Float32,
+    zero: Float32,
+    w: Array,
+    w_scale: Float32,
+    *,
+    group_size: int,
+    dtype: Any = np.float32,
+) -> Array:
+    """Each group's ``(q - zero) @ w`` exactly, scaled in float32, added up from the first group on.
+
+    q [..., k], scale and zero [..., k / group_size] or [..., 1], w [k, n] signed codes, w_scale [n]
+    or [k / group_size, n] -> [..., n], rounded once to dtype.
+    """
+    *leading, features = q.shape
+    groups = features // group_size
+    rows = q.astype(np.int64).reshape(-1, groups, group_size).swapaxes(0, 1)
+    by_group = [part.reshape(-1, part.shape[-1]).T[..., None] for part in (scale, zero)]
+    centred = rows - by_group[1].astype(np.int64)  # [groups, rows, group_size]
+    accumulator = centred @ w.astype(np.int64).reshape(groups, group_size, -1)
+    scaled = (accumulator.astype(np.float32) * by_group[0]) * w_scale.reshape(-1, 1, w.shape[1])
+    total: Array = scaled[0]
+    for part in scaled[1:]:
+        total = total + part
+    return total.reshape(*leading, w.shape[1]).astype(dtype)
+
+
+def fake_quantize_groups(
+    x: Array, *, bits: int, clip_ratio: float, group_size: int, symmetric: int
+) -> Array:
+    """The float values that `quantize_groups`'s codes stand for, in x's dtype; x [..., k]."""
+    found = quantize_groups(
+        x, bits=bits, clip_ratio=clip_ratio, group_size=group_size, symmetric=symmetric
+    )
+    return group_values(*found).astype(x.dtype)
+
+
+# --- Function bodies ------------------------------------------------------------------------------
+# As in `quarot_onnx.ops`: `@name` is an attribute of the calling node. The ratio is a quotient of
+# negative numbers because ONNX Runtime rewrites ``x * (1 / q)`` to ``x / q``.
+
+QUANTIZE = """
+    one = Constant <value_float = 1.0> ()
+    two = Constant <value_float = 2.0> ()
+    zero_float = Constant <value_float = 0.0> ()
+    last = Constant <value_ints = [-1]> ()
+    symmetric_int = Constant <value_int: int = @symmetric> ()
+    is_symmetric = Cast <to = 9> (symmetric_int)
+    bits_int = Constant <value_int: int = @bits> ()
+    bits_float = Cast <to = 1> (bits_int)
+    levels = Pow (two, bits_float)
+    top = Sub (levels, one)
+    half = Div (levels, two)
+    symmetric_top = Sub (half, one)
+    qmax = Where (is_symmetric, symmetric_top, top)
+    clip = Constant <value_float: float = @clip_ratio> ()
+    minus_clip = Neg (clip)
+    minus_qmax = Neg (qmax)
+    ratio = Div (minus_clip, minus_qmax)
+    group_size_int = Constant <value_int: int = @group_size> ()
+    group_size = Reshape (group_size_int, last)
+    rows = Shape <end = -1> (INPUT)
+    features = Shape <start = -1> (INPUT)
+    groups = Div (features, group_size)
+    grouped_shape = Concat <axis = 0> (rows, groups, group_size)
+    x32 = Cast <to = 1> (INPUT)
+    grouped = Reshape (x32, grouped_shape)
+    minimum = ReduceMin <keepdims = 1> (grouped, last)
+    maximum = ReduceMax <keepdims = 1> (grouped, last)
+    low_end = Min (minimum, zero_float)
+    high_end = Max (maximum, zero_float)
+    depth = Neg (low_end)
+    amax = Max (depth, high_end)
+    both_sides = Sub (high_end, low_end)
+    span = Where (is_symmetric, amax, both_sides)
+    clipped_scale = Mul (span, ratio)
+    is_zero = Equal (clipped_scale, zero_float)
+    group_scale = Where (is_zero, one, clipped_scale)
+    clipped_depth = Mul (low_end, minus_clip)
+    zero_ratio = Div (clipped_depth, group_scale)
+    nearest_zero = Round (zero_ratio)
+    group_zero = Where (is_symmetric, half, nearest_zero)
+    scaled = Div (grouped, group_scale)
+    rounded = Round (scaled)
+    shifted = Add (rounded, group_zero)
+    clipped = Clip (shifted, zero_float, top)
+    shape = Shape (INPUT)
+    code = Reshape (clipped, shape)
+    scale = Squeeze (group_scale, last)
+    zero = Squeeze (group_zero, last)
+"""
+
+QUANTIZE_GROUPS = QUANTIZE.replace("INPUT", "x") + "q = Cast <to = 2> (code)"
+
+QUANTIZE_NEW = QUANTIZE.replace("INPUT", "new")
+
+FAKE_QUANTIZE_GROUPS = (
+    QUANTIZE_NEW
+    + """
+    centred = Sub (clipped, group_zero)
+    grouped_value = Mul (centred, group_scale)
+    value = Reshape (grouped_value, shape)
+    y = CastLike (value, new)
+"""
+)
+
+# Above 6 bits the codes go through in halves, as in ``Int8Gemm``; the zero point acts on the sums.
+_WHOLE_PRODUCT = "product = MatMulInteger (CODES, WEIGHTS)"
+_HALVED_PRODUCT = """
+    low_mask = Constant <value = uint8 {15}> ()
+    four = Constant <value = uint8 {4}> ()
+    sixteen = Constant <value = int32 {16}> ()
+    low = BitwiseAnd (CODES, low_mask)
+    high = BitShift <direction = "RIGHT"> (CODES, four)
+    low_sum = MatMulInteger (low, WEIGHTS)
+    high_sum = MatMulInteger (high, WEIGHTS)
+    high_weighted = Mul (high_sum, sixteen)
+    product = Add (high_weighted, low_sum)
+"""
+
+
+def _product(codes: str, weights: str, *, halved: bool) -> str:
+    text = _HALVED_PRODUCT if halved else _WHOLE_PRODUCT
+    return text.replace("CODES", codes).replace("WEIGHTS", weights)
+
+
+def gemm_asymmetric_body(*, halved: bool) -> str:
+    """One scale and zero point per token: ``(q @ w - zero * sum(w)) * scale * w_scale``."""
+    return f"""
+    w8 = Cast <to = 3> (w)
+    {_product("q", "w8", halved=halved)}
+    w32 = Cast <to = 6> (w8)
+    first = Constant <value_ints = [0]> ()
+    column_sums = ReduceSum <keepdims = 1> (w32, first)
+    zero_int = Cast <to = 6> (zero)
+    zero_share = Mul (zero_int, column_sums)
+    accumulator = Sub (product, zero_share)
+    accumulator32 = Cast <to = 1> (accumulator)
+    by_token = Mul (accumulator32, scale)
+    y32 = Mul (by_token, w_scale)
+    y = Cast <to: int = @dtype> (y32)
+    """
+
+
+def gemm_groups_body(*, halved: bool) -> str:
+    """One product per group: [groups, rows, group_size] by [groups, group_size, n]."""
+    return f"""
+    last = Constant <value_ints = [-1]> ()
+    one = Constant <value_ints = [1]> ()
+    group_size_int = Constant <value_int: int = @group_size> ()
+    group_size = Reshape (group_size_int, last)
+    w8 = Cast <to = 3> (w)
+    columns = Shape <start = -1> (w8)
+    w_shape = Concat <axis = 0> (last, group_size, columns)
+    w_groups = Reshape (w8, w_shape)
+    groups = Shape <end = 1> (w_groups)
+    q_shape = Concat <axis = 0> (last, groups, group_size)
+    q_rows = Reshape (q, q_shape)
+    q_groups = Transpose <perm = [1, 0, 2]> (q_rows)
+    {_product("q_groups", "w_groups", halved=halved)}
+    w32 = Cast <to = 6> (w_groups)
+    group_sums = ReduceSum <keepdims = 1> (w32, one)
+    scale_width = Shape <start = -1> (scale)
+    scale_shape = Concat <axis = 0> (last, scale_width, one)
+    scale_rows = Reshape (scale, scale_shape)
+    scale_groups = Transpose <perm = [1, 0, 2]> (scale_rows)
+    zero_int = Cast <to = 6> (zero)
+    zero_rows = Reshape (zero_int, scale_shape)
+    zero_groups = Transpose <perm = [1, 0, 2]> (zero_rows)
+    zero_share = Mul (zero_groups, group_sums)
+    accumulator = Sub (product, zero_share)
+    accumulator32 = Cast <to = 1> (accumulator)
+    by_token = Mul (accumulator32, scale_groups)
+    w_scale_shape = Concat <axis = 0> (last, one, columns)
+    w_scale_groups = Reshape (w_scale, w_scale_shape)
+    by_channel = Mul (by_token, w_scale_groups)
+    first = Constant <value_ints = [0]> ()
+    total = ReduceSum <keepdims = 0> (by_channel, first)
+    leading = Shape <end = -1> (q)
+    y_shape = Concat <axis = 0> (leading, columns)
+    y32 = Reshape (total, y_shape)
+    y = Cast <to: int = @dtype> (y32)
+    """
+
+
+# As in attention over a packed cache: the odd channel is the byte's floor(byte / 16), in float32.
+UNPACK = """
+    sixteen = Constant <value_float = 16.0> ()
+    sixteenth = Constant <value_float = 0.0625> ()
+    byte = Cast <to = 1> (codes)
+    byte_sixteenth = Mul (byte, sixteenth)
+    odd = Floor (byte_sixteenth)
+    odd_sixteen = Mul (odd, sixteen)
+    even = Sub (byte, odd_sixteen)
+    even_column = Unsqueeze (even, last)
+    odd_column = Unsqueeze (odd, last)
+    pairs = Concat <axis = -1> (even_column, odd_column)
+    joined = Constant <value_ints = [0, 0, 0, -1]> ()
+    code = Reshape (pairs, joined)
+"""
+
+
+def dequantize_body(*, packed: bool) -> str:
+    """A cache of codes as floats, for an attention that reads floats."""
+    return f"""
+    last = Constant <value_ints = [-1]> ()
+    {UNPACK if packed else "code = Cast <to = 1> (codes)"}
+    scale_shape = Shape (scale)
+    grouped_shape = Concat <axis = 0> (scale_shape, last)
+    grouped = Reshape (code, grouped_shape)
+    scale_column = Unsqueeze (scale, last)
+    zero_column = Unsqueeze (zero, last)
+    centred = Sub (grouped, zero_column)
+    grouped_value = Mul (centred, scale_column)
+    shape = Shape (code)
+    value = Reshape (grouped_value, shape)
+    y = Cast <to: int = @dtype> (value)
+    """
