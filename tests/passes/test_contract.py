@@ -194,6 +194,7 @@ def test_the_passes_of_a_recipe_are_the_ones_it_names_in_the_order_of_the_paper(
     asked = {
         "FuseLayerNormMean": False,
         "FuseNormScale": recipe.rotations.fold_norm_scale,
+        "SmoothDownInput": recipe.smoothing.down_proj,
         "FuseR1": recipe.rotations.r1 != "none",
         "FuseR2": recipe.rotations.r2,
         "InsertHeadsHadamard": recipe.rotations.heads,
