@@ -369,12 +369,19 @@ def generate(
 
 @app.command()
 def triton(
-    artifact: Artifact,
+    artifact: Annotated[Path, typer.Argument(help="What `export` or `build` wrote.")],
     repository: Annotated[Path, typer.Argument(help="Where the repository goes; created.")],
     name: Annotated[
         str | None, typer.Option(help="The model's name; the artifact's directory by default.")
     ] = None,
-    runtime: Runtime = "ort-cpu",
+    runtime: Annotated[
+        Literal["ort-cpu", "ort-cuda", "tensorrt"] | None,
+        typer.Option(help="Where the model runs; by default TensorRT for what `build` wrote."),
+    ] = None,
+    engine_model: Annotated[
+        bool,
+        typer.Option("--engine-model", help="Also the engine alone, for Triton's own backend."),
+    ] = False,
     threads: Threads = None,
     max_streams: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 16,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that wait, at most.")] = 256,
@@ -389,6 +396,7 @@ def triton(
         repository,
         name=name,
         runtime=runtime,
+        engine_model=engine_model,
         threads=threads,
         max_streams=max_streams,
         max_waiting=max_waiting,

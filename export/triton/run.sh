@@ -19,6 +19,11 @@ flags=(
   --metrics-address="$host" --metrics-port="$metrics"
   --backend-config=python,shm-region-prefix-name="quarot_${http}_"
 )
+for plugins in "$repository"/*/1/plugins/libquarot_plugins.so; do
+  if [[ -f $plugins ]]; then # for an engine that Triton's TensorRT backend loads by itself
+    flags+=(--backend-config=tensorrt,plugins="$plugins")
+  fi
+done
 
 if command -v tritonserver >/dev/null; then
   exec tritonserver "${flags[@]}" "$@"
