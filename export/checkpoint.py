@@ -353,6 +353,20 @@ def _entry(file: Path, name: str, value: dict[str, Any], base: int) -> TensorEnt
     return TensorEntry(file, name, dtype, shape, base + first, base + last)
 
 
+def read_tensors(path: Path) -> dict[str, Float64]:
+    """Every tensor of the safetensors file `path`, by name.
+
+    Raises:
+        InputError: the file is damaged, or a number is not finite.
+        UnsupportedModelError: a tensor is not float.
+    """
+    tensors: dict[str, Float64] = {}
+    for entry in _header(path):
+        check_float(entry)
+        tensors[entry.name] = CheckpointSource(entry).read((slice(None),) * len(entry.shape))
+    return tensors
+
+
 def check_float(entry: TensorEntry) -> None:
     """Refuse a tensor that is not float.
 

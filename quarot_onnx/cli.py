@@ -119,6 +119,10 @@ def export(
         bool,
         typer.Option("--resume", help="Keep finished layers in OUT_DIR.calibration; go on there."),
     ] = False,
+    transforms: Annotated[
+        Path | None,
+        typer.Option(help="Matrices (.safetensors) in place of the recipe's; none is learned."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
     certify: Annotated[
         bool,
@@ -152,11 +156,12 @@ def export(
             resolved,
             dtype=dtype,
             calibration=_calibration(model_dir, calibration, resolved),
+            transforms=transforms,
             force=force,
             certify=certify,
             resume=resume,
             progress=phase("writing weights", "MB"),
-            calibrating=phase("calibrating", "layers"),
+            calibrating=phase("calibrating", "steps"),
         )
     _emit(manifest, as_json, lambda: tables.show_manifest(out_dir, manifest))
 

@@ -176,6 +176,26 @@ class HadamardHeads(OpRun):
         return ((matrix.T @ folded).reshape(x.shape),)
 
 
+class Transform(OpRun):
+    """``x @ (I ⊗ A ⊗ B)`` in x's dtype, see `quarot_onnx.ops.hadamard`."""
+
+    op_domain = DOMAIN
+
+    def _run(self, x: Array, a: Array, b: Array, **_: Any) -> tuple[Array]:
+        folded = x.reshape(-1, len(a), len(b))
+        return ((a.T @ (folded @ b)).reshape(x.shape),)
+
+
+class TransformHeads(OpRun):
+    """``x @ (A ⊗ I)`` in x's dtype, see `quarot_onnx.ops.hadamard_heads`."""
+
+    op_domain = DOMAIN
+
+    def _run(self, x: Array, a: Array, **_: Any) -> tuple[Array]:
+        folded = x.reshape(-1, len(a), x.shape[-1] // len(a))
+        return ((a.T @ folded).reshape(x.shape),)
+
+
 _FLOATS = frozenset(
     {
         onnx.TensorProto.FLOAT,
@@ -195,4 +215,4 @@ def _operators(dtype: Any) -> list[type[OpRun]]:
             target = dtype if to in _FLOATS else onnx.helper.tensor_dtype_to_np_dtype(to)
             return (x.astype(target),)
 
-    return [Cast, Gather, Hadamard, HadamardHeads, MatMul]
+    return [Cast, Gather, Hadamard, HadamardHeads, MatMul, Transform, TransformHeads]

@@ -596,6 +596,8 @@ OPERATORS: Mapping[str, Operator] = {
         Operator(
             "HadamardHeads", ("x", "A"), ("y",), {"factors": list}, _HADAMARD_HEADS, hadamard_heads
         ),
+        Operator("Transform", ("x", "A", "B"), ("y",), {}, _HADAMARD, hadamard),
+        Operator("TransformHeads", ("x", "A"), ("y",), {}, _HADAMARD_HEADS, hadamard_heads),
         Operator(
             "QuantizeInt4",
             ("x",),

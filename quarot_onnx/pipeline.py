@@ -24,7 +24,7 @@ from quarot_onnx.calibration import Calibration, Journal
 from quarot_onnx.certificate import Certificate, Certifier, Restate
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UsageError
-from quarot_onnx.export.architectures import load_config
+from quarot_onnx.export.architectures import dimensions, load_config
 from quarot_onnx.export.checkpoint import Checkpoint
 from quarot_onnx.export.genai import save_genai_config
 from quarot_onnx.export.huggingface import COMPANIONS, onnx_from_huggingface
@@ -32,6 +32,9 @@ from quarot_onnx.export.polygraphy_run import save_polygraphy
 from quarot_onnx.passes import Effect, Report, pipeline, untie_embeddings
 from quarot_onnx.recipe import Recipe
 from quarot_onnx.sparsity import save_sparse
+from quarot_onnx.targets import targets_of
+from quarot_onnx.transforms import FILE as TRANSFORMS
+from quarot_onnx.transforms import Transforms
 from quarot_onnx.weights import Float64
 
 DTYPES = {
@@ -53,6 +56,7 @@ class Rewritten:
         certificates: of each equivalent pass, by its name; empty where nothing was certified.
         seconds: that the passes took, certificates apart.
         restated: what the passes did to the residual stream, in order.
+        transforms: the matrices that were given or learned; empty where there are none.
     """
 
     model: ir.Model
@@ -61,6 +65,7 @@ class Rewritten:
     certificates: dict[str, tuple[Certificate, ...]]
     seconds: float
     restated: tuple[Restate, ...]
+    transforms: Transforms
 
     def state(self, x: Float64) -> Float64:
         """The residual stream x [..., hidden_size] of the original model as it is in this one."""
@@ -74,6 +79,7 @@ def rewrite(
     recipe: Recipe,
     dtype: str,
     calibration: Calibration | None = None,
+    transforms: Transforms | None = None,
     *,
     certify: bool = False,
     journal: Journal | None = None,
@@ -88,8 +94,10 @@ def rewrite(
         recipe: rotations, bits and methods.
         dtype: a key of `DTYPES`, for the float parts.
         calibration: what calibrated methods may look at.
+        transforms: matrices that take the place of the recipe's; nothing is learned then.
         journal: where finished layers are kept; a temporary one where None.
-        progress: called with the layers done and the layers in all, by each calibrated pass.
+        progress: called with the steps done and the steps in all, by a training and by each
+            calibrated pass, whose steps are layers.
         certify: measure what each equivalent pass changed, for which every weight is read.
 
     Raises:
@@ -105,11 +113,18 @@ def rewrite(
     model = onnx_from_huggingface(checkpoint, DTYPES[dtype])
     reports = [untie_embeddings(model)]
     decoder = Decoder.locate(model)
-    passes = pipeline(recipe, decoder, calibration, journal=journal, progress=progress)
+    begun = time.perf_counter()
+    if recipe.learning.places and calibration is not None and transforms is None:
+        from quarot_onnx.learning import learn  # noqa: PLC0415  # imports torch's optimizers
+
+        learned = learn(checkpoint.directory, recipe, calibration, progress=progress)
+        reports.append(learned.report)
+        transforms = learned.transforms
+    passes = pipeline(recipe, decoder, calibration, transforms, journal=journal, progress=progress)
     exact = [apply for apply in passes if apply.effect is Effect.EQUIVALENT]
     certifier = Certifier(decoder) if certify else None
     certificates: dict[str, tuple[Certificate, ...]] = {}
-    seconds = 0.0
+    seconds = time.perf_counter() - begun
     for apply in passes:
         started = time.perf_counter()
         reports.append(apply())
@@ -123,7 +138,9 @@ def rewrite(
     model.metadata_props["quarot.recipe"] = recipe.name
     model.metadata_props["quarot.seed"] = str(recipe.seed)
     restated = tuple(apply.restate for apply in passes if apply.restate is not None)
-    return Rewritten(model, decoder, tuple(reports), certificates, seconds, restated)
+    found = {name: array for apply in passes for name, array in apply.found.items()}
+    given = (transforms or Transforms()).including(found)
+    return Rewritten(model, decoder, tuple(reports), certificates, seconds, restated, given)
 
 
 def _sort_initializers(model: ir.Model) -> None:
@@ -147,6 +164,7 @@ def export(
     *,
     dtype: str = "float32",
     calibration: Calibration | None = None,
+    transforms: Path | None = None,
     force: bool = False,
     resume: bool = False,
     certify: bool = True,
@@ -161,12 +179,14 @@ def export(
         recipe: rotations and bits.
         dtype: a key of `DTYPES`, for the float parts.
         calibration: what calibrated methods may look at; recipes without one leave it alone.
+        transforms: a file of matrices (`quarot_onnx.transforms`), such as an artifact's own; what
+            it holds replaces the recipe's rotations, and nothing is learned.
         force: replace an existing artifact.
         resume: keep what a calibrated pass has finished in ``OUT_DIR.calibration``, and go on from
             what is there; it is removed when the artifact is complete.
         certify: measure what each equivalent pass changed; costs about as much as the export.
         progress: called while weights are written.
-        calibrating: called with the layers done and the layers in all, by each calibrated pass.
+        calibrating: `progress` of `rewrite`.
 
     Returns:
         The manifest.
@@ -176,15 +196,18 @@ def export(
     """
     with artifacts.publish(out_dir, force=force) as staging:
         checkpoint = Checkpoint(model_dir)
+        given = None if transforms is None else _load(transforms, checkpoint)
         sources = {path.name: artifacts.sha256(path) for path in checkpoint.files}
         journal = Journal()
         if resume and calibration is not None and recipe.is_calibrated:
-            journal = Journal(_journal_of(out_dir), _run(sources, recipe, dtype, calibration))
+            run = _run(sources, recipe, dtype, calibration, given)
+            journal = Journal(_journal_of(out_dir), run)
         rewritten = rewrite(
             checkpoint,
             recipe,
             dtype,
             calibration,
+            given,
             certify=certify,
             journal=journal,
             progress=calibrating,
@@ -194,6 +217,8 @@ def export(
         for name in COMPANIONS:
             if (model_dir / name).is_file():
                 shutil.copyfile(model_dir / name, staging / name)
+        if rewritten.transforms:
+            rewritten.transforms.save(staging / TRANSFORMS)
         if calibration is not None and recipe.is_calibrated:
             calibration.save(staging)
         if recipe.weights.bits < 16 and recipe.weights.sparsity != "none":
@@ -215,8 +240,11 @@ def export(
                     "files": sources,
                 },
                 "recipe": recipe.model_dump(),
-                "targets": [asdict(target) for target in recipe.targets()],
+                "targets": [
+                    asdict(target) for target in targets_of(recipe, rewritten.transforms.online)
+                ],
                 **_calibrated(recipe, calibration, rewritten.seconds),
+                **_transformed(rewritten.transforms),
                 "dtype": dtype,
                 "passes": [
                     _report(report, rewritten.certificates.get(report.name, ()))
@@ -235,7 +263,11 @@ def _journal_of(out_dir: Path) -> Path:
 
 
 def _run(
-    sources: dict[str, str], recipe: Recipe, dtype: str, calibration: Calibration
+    sources: dict[str, str],
+    recipe: Recipe,
+    dtype: str,
+    calibration: Calibration,
+    given: Transforms | None,
 ) -> dict[str, Any]:
     """What would make the numbers of a calibrated pass differ."""
     return {
@@ -243,6 +275,7 @@ def _run(
         "recipe": recipe.model_dump(),
         "dtype": dtype,
         "calibration": calibration.sha256,
+        "transforms": None if given is None else given.sha256,
         "version": importlib.metadata.version("quarot-onnx"),
     }
 
@@ -262,6 +295,18 @@ def _calibrated(recipe: Recipe, calibration: Calibration | None, seconds: float)
             "peak_memory_bytes": _peak_memory(),
         }
     }
+
+
+def _load(transforms: Path, checkpoint: Checkpoint) -> Transforms:
+    load_config(checkpoint.directory, checkpoint.config)  # which refuses sizes that make no sense
+    return Transforms.load(transforms, dimensions(checkpoint.config))
+
+
+def _transformed(transforms: Transforms) -> dict[str, Any]:
+    """Where matrices come from, for the manifest of an artifact that has some."""
+    if not transforms:
+        return {}
+    return {"transforms": {"source": transforms.source, "places": transforms.places}}
 
 
 def _peak_memory() -> int:

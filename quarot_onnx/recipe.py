@@ -40,15 +40,56 @@ class Rotations(_Spec):
     """
 
     fold_norm_scale: bool = True
-    r1: Literal["none", "hadamard", "randomized_hadamard", "random_orthogonal"] = (
-        "randomized_hadamard"
-    )
+    r1: Literal[
+        "none",
+        "hadamard",
+        "randomized_hadamard",
+        "random_orthogonal",
+        "walsh",
+        "grouped_walsh",
+        "dct",
+        "identity",
+    ] = "randomized_hadamard"
+    group_size: int = Field(default=128, ge=1)
+    candidates: int = Field(default=1, ge=1)
     post_norm: Literal["online", "skip_r1"] = "online"
     r2: bool = True
     heads: bool = True
     r3: bool = True
     r4: bool = True
     r4_policy: Literal["full", "block", "pad"] = "block"
+
+
+class Smoothing(_Spec):
+    """Channel scales before the rotations, from what calibration text activates (SmoothRot)."""
+
+    down_proj: bool = False
+    alpha: float = Field(default=0.5, ge=0, le=1)
+
+
+Place = Literal["r1", "r2", "value", "key", "heads", "down", "up", "norms"]
+"""A place whose matrix can be learned; `quarot_onnx.transforms` says what stands there."""
+
+
+class Learning(_Spec):
+    """Which matrices are trained on calibration text, and how.
+
+    ``r1`` and ``r2`` stay orthogonal, as in SpinQuant; ``value``, ``key``, ``heads`` and ``down``
+    are free invertible matrices, as in FlatQuant; ``up`` and ``norms`` are scales of channels.
+    """
+
+    places: list[Place] = []
+    steps: int = Field(default=300, ge=1)
+    batch: int = Field(default=4, ge=1)
+    rotation_rate: float = Field(default=0.01, gt=0)
+    matrix_rate: float = Field(default=0.002, gt=0)
+    scale_rate: float = Field(default=0.005, gt=0)
+    weight_bits: Literal[3, 4, 5, 6, 8, 16] = 16
+
+    @property
+    def online(self) -> list[str]:
+        """The places whose matrices run as nodes of the graph."""
+        return [place for place in self.places if place in ("key", "heads", "down")]
 
 
 class Weights(_Spec):
@@ -210,6 +251,8 @@ class Recipe(_Spec):
     description: str = ""
     seed: int = Field(default=0, ge=0, lt=2**32)
     rotations: Rotations = Rotations()
+    smoothing: Smoothing = Smoothing()
+    learning: Learning = Learning()
     weights: Weights = Weights()
     activations: Activations = Activations()
     kv_cache: KvCache = KvCache()
@@ -245,7 +288,25 @@ class Recipe(_Spec):
             )
         if self.rotations.r1 != "none" and not self.rotations.fold_norm_scale:
             raise ValueError("rotations.r1 needs rotations.fold_norm_scale = true")
+        self._check_learning()
         return self
+
+    def _check_learning(self) -> None:
+        places, rotations = self.learning.places, self.rotations
+        if len(set(places)) < len(places):
+            raise ValueError(f"learning.places = {places} names a place twice")
+        if "r1" in places and rotations.r1 == "none":
+            raise ValueError("learning.places has r1 and rotations.r1 = none; name a start")
+        if {"r1", "norms"} & set(places) and not rotations.fold_norm_scale:
+            raise ValueError("learning.places has norms; set rotations.fold_norm_scale = true")
+        if places and "down" not in places and rotations.r4_policy == "pad":
+            raise ValueError(
+                "learning.places without down needs rotations.r4_policy = block or full"
+            )
+        if {"r2", "value"} <= set(places):
+            raise ValueError("learning.places has r2 and value, which are one place; keep one")
+        if "up" in places and self.smoothing.down_proj:
+            raise ValueError("smoothing.down_proj and up in learning.places are one place")
 
     @property
     def is_lossy(self) -> bool:
@@ -255,9 +316,15 @@ class Recipe(_Spec):
     @property
     def is_calibrated(self) -> bool:
         """Whether a method looks at text before it decides."""
+        looks = [
+            bool(self.learning.places),
+            self.smoothing.down_proj,
+            self.rotations.candidates > 1,
+            self.outliers.are_split,
+        ]
         sections = (self.weights, self.activations, self.kv_cache)
-        is_searched = any(section.bits < 16 and section.is_calibrated for section in sections)
-        return is_searched or self.outliers.are_split
+        rounded = (section.bits < 16 and section.is_calibrated for section in sections)
+        return any((*looks, *rounded))
 
     def as_json(self) -> dict[str, Any]:
         """The resolved recipe as plain data, with ``targets``."""

@@ -28,12 +28,14 @@ from transformers.masking_utils import eager_mask
 
 from quarot_onnx.artifacts import MODEL, load_manifest
 from quarot_onnx.errors import InputError, UnsupportedModelError
-from quarot_onnx.export.architectures import LLAMA_MODULES, load_config
+from quarot_onnx.export.architectures import LLAMA_MODULES, dimensions, load_config
 from quarot_onnx.export.checkpoint import Checkpoint, read_json
 from quarot_onnx.hadamard import Plan, plan
 from quarot_onnx.recipe import Recipe
 from quarot_onnx.rounding import Rounding, roundings_of
 from quarot_onnx.runtime import Cache, Ids, Logits, checked_mask, position_ids
+from quarot_onnx.transforms import Transforms, inverse
+from quarot_onnx.weights import Float64
 
 ATTENTION_NAME = "quarot_fake_quant"
 _EXACT_FLOAT32 = 1 << 24  # every integer up to here is a float32
@@ -233,6 +235,12 @@ class OnlineHadamard:
         a, b = (torch.from_numpy(matrix).float() for matrix in plan.matrices())
         return cls(a, b, inner, plan.padded_size - plan.size)
 
+    @classmethod
+    def given(cls, A: Float64, B: Float64 | None = None, inner: int = 1) -> "OnlineHadamard":
+        """One of other matrices, which need not be orthogonal: ``A ⊗ B ⊗ I_inner``."""
+        b = np.ones((1, 1)) if B is None else B
+        return cls(torch.from_numpy(A).float(), torch.from_numpy(b).float(), inner)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The rotated x [..., n]; n + zeros is a multiple of the matrix's order."""
         x = torch.nn.functional.pad(x, (0, self.zeros)) if self.zeros else x
@@ -332,9 +340,9 @@ def _attend(
     """
     assert attention_mask is not None, "no mask: the reference would not be causal"
     settings: Settings = module.quarot_settings  # type: ignore[assignment]
-    r3: OnlineHadamard | None = module.quarot_r3  # type: ignore[assignment]
+    r3: tuple[OnlineHadamard, OnlineHadamard] | None = module.quarot_r3  # type: ignore[assignment]
     if r3 is not None:
-        query, key = r3(query), r3(key)
+        query, key = r3[0](query), r3[1](key)
     if settings.is_quantizing:
         roundings: dict[str, Rounding] = module.quarot_roundings  # type: ignore[assignment]
         key = _quantize_cache(key, roundings["key"]) if roundings else key
@@ -489,6 +497,27 @@ def _tensor(
     return torch.from_numpy(initializers[name].numpy().astype(np.float32))
 
 
+def _in_front_of_linears(
+    recipe: Recipe, config: Any, given: Transforms
+) -> dict[str, OnlineHadamard]:
+    """By the linear's module: the recipe's Hadamards, or the matrices that stand in their place."""
+    heads, size = config.num_attention_heads, _cache_shape(config)[1]
+    across = plan(heads, policy="full")
+    r4 = plan(config.intermediate_size, policy=recipe.rotations.r4_policy)
+    online: dict[str, OnlineHadamard] = {}
+    for index in range(config.num_hidden_layers):
+        layer = f"model.layers.{index}"
+        if (matrix := given.heads(index)) is not None:
+            online[f"{layer}.self_attn.o_proj"] = OnlineHadamard.given(matrix, inner=size)
+        elif recipe.rotations.heads and across.kind == "full":
+            online[f"{layer}.self_attn.o_proj"] = OnlineHadamard.of(across, inner=size)
+        if (factors := given.down(index)) is not None:
+            online[f"{layer}.mlp.down_proj"] = OnlineHadamard.given(*factors)
+        elif recipe.rotations.r4 and r4.kind != "none":
+            online[f"{layer}.mlp.down_proj"] = OnlineHadamard.of(r4)
+    return online
+
+
 def _fill(
     model: Any,
     initializers: Mapping[str, ir.TensorProtocol],
@@ -498,14 +527,9 @@ def _fill(
 ) -> None:
     """Put the artifact's weights and the recipe's online Hadamards into `model`."""
     rotations, config = settings.recipe.rotations, model.config
-    heads, size = config.num_attention_heads, _cache_shape(config)[1]
-    across, r3 = plan(heads, policy="full"), plan(size)
-    r4 = plan(config.intermediate_size, policy=rotations.r4_policy)
-    online: dict[str, OnlineHadamard] = {}
-    if rotations.heads and across.kind == "full":
-        online["o_proj"] = OnlineHadamard.of(across, inner=size)
-    if rotations.r4 and r4.kind != "none":
-        online["down_proj"] = OnlineHadamard.of(r4)
+    given = Transforms.of_artifact(artifact, dimensions(config.to_dict()))
+    online = _in_front_of_linears(settings.recipe, config, given)
+    r3 = plan(_cache_shape(config)[1])
     for name, module in list(model.named_modules()):
         if not isinstance(module, torch.nn.Linear) or name == "lm_head":
             continue
@@ -516,12 +540,12 @@ def _fill(
             _tensor(initializers, weight, artifact).T.contiguous(),
             None if scale is None else _tensor(initializers, scale, artifact),
             None if module.bias is None else _tensor(initializers, f"{name}.bias", artifact),
-            online.get(last),
+            online.get(name),
             roundings.get(name),
             settings,
         )
         out_features, in_features = module.weight.shape
-        in_features += online[last].zeros if last in online else 0
+        in_features += online[name].zeros if name in online else 0
         if tuple(replacement.weight.shape) != (out_features, in_features):
             raise InputError(
                 f"{artifact / MODEL}: initializer {weight} has shape "
@@ -529,16 +553,19 @@ def _fill(
                 f"{[in_features, out_features]}; export again"
             )
         setattr(model.get_submodule(parent), last, replacement)
-    for index, layer in enumerate(model.model.layers):
-        layer.self_attn.quarot_settings = settings
-        layer.self_attn.quarot_roundings = {
+    for index, decoder_layer in enumerate(model.model.layers):
+        attention = decoder_layer.self_attn
+        attention.quarot_settings, attention.quarot_r3 = settings, None
+        attention.quarot_roundings = {
             kind: roundings[site]
             for kind in ("key", "value")
             if (site := f"model.layers.{index}.self_attn.{kind}") in roundings
         }
-        layer.self_attn.quarot_r3 = (
-            OnlineHadamard.of(r3) if rotations.r3 and r3.kind != "none" else None
-        )
+        if (matrix := given.key(index)) is not None:
+            turns = inverse(matrix).T, matrix
+            attention.quarot_r3 = tuple(OnlineHadamard.given(turn) for turn in turns)
+        elif rotations.r3 and r3.kind != "none":
+            attention.quarot_r3 = (OnlineHadamard.of(r3),) * 2
     for name, parameter in list(model.named_parameters()):
         value = _tensor(initializers, name, artifact)
         if name == "lm_head.weight":

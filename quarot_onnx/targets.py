@@ -7,7 +7,7 @@ operator of `quarot_onnx.ops` carries its meaning as an ONNX function. TensorRT 
 refused here, no command builds for it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,9 +33,26 @@ class Target:
         return not self.reasons
 
 
-def targets_of(recipe: "Recipe") -> tuple[Target, ...]:
-    """Every target, in a fixed order."""
-    return Target("onnxruntime"), Target("tensorrt", tuple(_without_plugin(recipe)))
+def targets_of(recipe: "Recipe", transformed: Sequence[str] = ()) -> tuple[Target, ...]:
+    """Every target, in a fixed order.
+
+    Args:
+        recipe: the resolved recipe.
+        transformed: places whose given matrices run online (`Transforms.online`).
+    """
+    reasons = [*_without_plugin(recipe)]
+    online = {*recipe.learning.online, *(_place(name) for name in transformed)}
+    if online:
+        reasons.append(
+            f"matrices of {', '.join(sorted(online))} run online: the Hadamard plugins take no "
+            "other matrices"
+        )
+    return Target("onnxruntime"), Target("tensorrt", tuple(reasons))
+
+
+def _place(tensor: str) -> str:
+    """``key`` of ``self_attn.key``, ``down`` of ``mlp.down_A``."""
+    return tensor.rpartition(".")[2].removesuffix("_A")
 
 
 def _without_plugin(recipe: "Recipe") -> Iterator[str]:

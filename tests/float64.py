@@ -58,6 +58,11 @@ def _hadamard_heads(attributes: Attributes, x: Array, *_: Array) -> Array:
     ).reshape(x.shape)
 
 
+def _transform(_: Attributes, x: Array, a: Array, b: Array) -> Array:
+    matrix = np.kron(a, b)
+    return (x.reshape(-1, len(matrix)) @ matrix).reshape(x.shape)
+
+
 def _rms_normalization(attributes: Attributes, x: Array, scale: Array) -> Array:
     epsilon = attributes.get("epsilon", 1e-5)
     return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + epsilon) * scale
@@ -97,6 +102,8 @@ _OPERATORS: Mapping[str, Callable[..., Array]] = {
     "Gather": lambda attributes, x, ids: np.take(x, ids, axis=attributes.get("axis", 0)),
     "Hadamard": _hadamard,
     "HadamardHeads": _hadamard_heads,
+    "Transform": _transform,
+    "TransformHeads": lambda _, x, a: _transform(_, x, a, np.eye(x.shape[-1] // len(a))),
     "MatMul": lambda _, x, y: x @ y,
     "Mul": lambda _, x, y: x * y,
     "Pad": lambda _, x, pads, axes: np.pad(x, [(0, 0)] * (x.ndim + axes[0]) + [tuple(pads)]),

@@ -211,6 +211,13 @@ def located(**options: object) -> handles.Decoder:
     return handles.Decoder.locate(model)
 
 
+def invertible(*shape: int, seed: int = 0) -> Array:
+    """Matrices that are neither symmetric nor orthogonal, with condition numbers below 10."""
+    noise = np.random.default_rng(seed).uniform(-1, 1, shape) / (2 * shape[-1])
+    matrix: Array = np.eye(shape[-1]) + noise
+    return matrix
+
+
 def feeds(model: ir.Model, *, length: int, past: int) -> dict[str, Array]:
     """Random inputs: a batch of 2, causal, in the first of which one position is padding."""
     rng = np.random.default_rng(length)

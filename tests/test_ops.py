@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from quarot_onnx import ops
 from quarot_onnx.hadamard import hadamard_matrix
 from tests import running
+from tests.small_decoder import invertible
 
 Array = NDArray[Any]
 FLOAT32, FLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
@@ -463,6 +464,19 @@ def test_the_even_code_is_in_the_low_nibble() -> None:
     assert codes.ravel().tolist() == [0xC3, 0x0F]
 
 
+def test_a_transform_takes_matrices_that_are_neither_orthogonal_nor_symmetric() -> None:
+    x = _tokens(np.random.default_rng(12), 2, 3, 48)
+    a, b = _invertible(12, 4)
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(run("Transform", x, a, b)[0], wide @ np.kron(a, b), atol=1e-5)
+    across = np.kron(a, np.eye(4))
+    np.testing.assert_allclose(run("TransformHeads", x, a)[0], wide @ across, atol=1e-5)
+
+
+def _invertible(*orders: int) -> list[Array]:
+    return [invertible(n, n, seed=n).astype(np.float32) for n in orders]
+
+
 # --- All of them ----------------------------------------------------------------------------------
 
 
@@ -486,6 +500,8 @@ def _cases() -> dict[str, tuple[list[Array], dict[str, Any]]]:
     return {
         "Hadamard": ([x, _orthonormal(12), _orthonormal(4)], {"factors": [12, 4]}),
         "HadamardHeads": ([x, _orthonormal(12)], {"factors": [12]}),
+        "Transform": ([x, *_invertible(12, 4)], {}),
+        "TransformHeads": ([x, *_invertible(12)], {}),
         "QuantizeInt4": ([x], {"bits": 4, "clip_ratio": 0.9}),
         "Int4Gemm": ([q, scale, w, w_scale], {"dtype": 1}),
         "Int8Gemm": ([q, scale, w, w_scale], {"dtype": 1}),

@@ -219,6 +219,39 @@ def test_a_recipe_says_what_tensorrt_cannot_run(overrides, reason) -> None:
         assert reasons[0].startswith(reason)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("learning.places=['r2','value']",), "r2 and value, which are one place; keep one"),
+        (("learning.places=['up','up']",), "names a place twice"),
+        (("learning.places=['r1']", "rotations.r1=none"), "has r1 and rotations.r1 = none"),
+        (
+            ("learning.places=['norms']", "rotations.r1=none", "rotations.fold_norm_scale=false"),
+            "learning.places has norms; set rotations.fold_norm_scale = true",
+        ),
+        (
+            ("learning.places=['up']", "smoothing.down_proj=true"),
+            "smoothing.down_proj and up in learning.places are one place",
+        ),
+        (("learning.places=['r5']",), "learning.places.0 = 'r5'"),
+    ],
+)
+def test_places_that_cannot_be_learned_together_are_refused(overrides, message) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe("w4a4kv4", overrides)
+    assert message in str(caught.value)
+
+
+def test_learned_matrices_run_online_where_no_plugin_takes_them() -> None:
+    fused = load_recipe("w4a4kv4", ["learning.places=['r1','value','up','norms']"])
+    assert fused.is_calibrated
+    assert fused.targets()[1].is_supported
+    learned = load_recipe("w4a4kv4-learned").targets()[1].reasons
+    assert learned == (
+        "matrices of down, heads, key run online: the Hadamard plugins take no other matrices",
+    )
+
+
 def test_bits_of_down_proj_need_quantized_activations() -> None:
     assert _refused("w4a16", "activations.down_proj_bits=8") == (
         "recipe w4a16: recipe: activations.down_proj_bits = 8 with float activations; "

@@ -31,8 +31,9 @@ from quarot_onnx.export.triton import triton_from_artifact
 from quarot_onnx.export.triton.model_config import from_text
 from quarot_onnx.export.triton.repository import INPUTS
 from quarot_onnx.generation import generate
-from quarot_onnx.manifest import changed_files, load_manifest
+from quarot_onnx.manifest import changed_files, load_manifest, save_manifest
 from quarot_onnx.runtime import OnnxModel, eos_token_ids, load_tokenizer
+from tests.test_cli import Run, run  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).parents[1]
 STREAMS = 8  # fewer than the requests of the largest test: some wait
@@ -128,9 +129,18 @@ def test_refuses_an_altered_artifact(embedded: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_refuses_an_artifact_without_a_tokenizer(exported: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"tokenizer\.json: no such file"):
-        triton_from_artifact(exported("llama", "w4a4kv4"), tmp_path / "out")
+def test_refuses_an_artifact_whose_tokenizer_a_server_cannot_read(
+    embedded: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(embedded, tmp_path / "copy"))
+    (copy / "tokenizer.json").rename(copy / "vocab.json")
+    save_manifest(copy, load_manifest(copy))
+    with pytest.raises(InputError) as error:
+        triton_from_artifact(copy, tmp_path / "out")
+    assert str(error.value) == (
+        f"{copy}/tokenizer.json: no such file, and the server reads no other tokenizer; "
+        "save the model's fast tokenizer and export again"
+    )
 
 
 def test_replaces_a_repository_only_when_told(embedded: Path, tmp_path: Path) -> None:
@@ -139,6 +149,31 @@ def test_replaces_a_repository_only_when_told(embedded: Path, tmp_path: Path) ->
         triton_from_artifact(embedded, tmp_path / "out", name="second")
     triton_from_artifact(embedded, tmp_path / "out", name="second", force=True)
     assert not (tmp_path / "out" / "first").exists()
+
+
+def test_the_command_line_says_how_to_start_what_it_wrote(
+    run: Run,  # noqa: F811
+    embedded: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    result = run("triton", embedded, out, "--name", "tiny", "--max-streams", 4, "--threads", 2)
+    assert result.code == 0
+    lines = result.out.splitlines()
+    assert "model tiny (context_length 1024, max_streams 4," in lines[0]
+    assert lines[1] == f"next: {out}/run.sh"
+    parameters = from_text((out / "tiny" / "config.pbtxt").read_text()).parameters
+    assert {key: value.string_value for key, value in parameters.items()} == {
+        "runtime": "ort-cpu",
+        "context_length": "1024",
+        "max_streams": "4",
+        "max_waiting": "256",
+        "threads": "2",
+    }
+    refused = run("triton", embedded, out, "--name", "tiny")
+    assert (refused.code, "--force" in refused.err) == (2, True)
+    again = run("triton", embedded, out, "--name", "tiny", "--force", "--json")
+    assert json.loads(again.out)["parameters"]["max_streams"] == "16"
 
 
 # --- The server -----------------------------------------------------------------------------------

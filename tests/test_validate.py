@@ -492,6 +492,40 @@ def test_finds_an_attribute_that_is_slightly_off(
     assert "layers" in failed(validate(planted.save(), threads=1))
 
 
+GENERAL = (
+    "activations.mode=asymmetric",
+    "activations.group_size=24",
+    "kv_cache.mode=symmetric",
+    "kv_cache.bits=3",
+)
+
+
+def test_passes_a_model_with_zero_points_groups_and_a_symmetric_cache(
+    exported: Exported, hugging_face: HuggingFace
+) -> None:
+    artifact = exported("qwen2-biases", "w4a4kv4", GENERAL)
+    assert not failed(validate(artifact, hugging_face("qwen2-biases"), threads=1))
+
+
+@pytest.mark.parametrize(
+    ("node", "attribute", "value"),
+    [
+        ("/model/layers.1/mlp/down_proj/QuantizeGroups", "symmetric", 1),
+        ("/model/layers.0/self_attn/q_proj/QuantizeGroups", "clip_ratio", 0.95),
+        ("/model/layers.0/self_attn/KvAppend_key", "symmetric", 0),
+        ("/model/layers.1/self_attn/KvAppend_value", "bits", 4),
+    ],
+)
+def test_finds_a_rounding_that_is_not_the_reported_one(
+    exported: Exported, tmp_path: Path, node: str, attribute: str, value: float
+) -> None:
+    source = exported("qwen2-biases", "w4a4kv4", GENERAL)
+    planted = Planted(Path(shutil.copytree(source, tmp_path / "artifact")))
+    found = next(a for a in planted.node(node).attribute if a.name == attribute)
+    setattr(found, "f" if isinstance(value, float) else "i", value)
+    assert "layers" in failed(validate(planted.save(), threads=1))
+
+
 def test_finds_an_artifact_of_another_model(exported: Exported, tmp_path: Path) -> None:
     other = models.save(models.build("llama", seed=1), tmp_path / "other")
     assert failed(validate(exported("llama", "w4a4kv4"), other, threads=1)) == {"weights"}

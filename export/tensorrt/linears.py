@@ -105,8 +105,10 @@ def _quantize(skeleton: Skeleton, node: Any, activation_layout: Layout) -> None:
     q, scale = node.outputs
     gemms = [reader for reader in q.outputs if reader.op == "Int4Gemm"]
     if len(gemms) != len(q.outputs) or not gemms:
+        other = next((reader.op for reader in q.outputs if reader.op != "Int4Gemm"), "nothing")
         raise UnsupportedModelError(
-            f"{node.name}: its codes are read by other operators than Int4Gemm; export again"
+            f"{node.name}: its codes are read by {other}, as those of experts are; TensorRT takes "
+            "dense models, run this one with --runtime ort-cpu or ort-cuda"
         )
     size, wide = x.shape[-1], padded(x.shape[-1], ROW_MULTIPLE)
     if wide != size:

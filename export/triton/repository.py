@@ -141,6 +141,11 @@ def triton_from_artifact(
         )
     if engine_model and not has_engine:
         raise UsageError(f"--engine-model: {artifact} holds no engine; build one")
+    if not (artifact / "tokenizer.json").is_file():
+        raise InputError(
+            f"{artifact / 'tokenizer.json'}: no such file, and the server reads no other "
+            "tokenizer; save the model's fast tokenizer and export again"
+        )
     load_tokenizer(artifact)
     tokens = context_length(artifact)
     plugins = None

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The passes, one per file, and their order: `pipeline` reads like the paper."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
+from typing import TypeVar
 
 from quarot_onnx.calibration import Calibration, Journal, Progress
 from quarot_onnx.calibration.roundings import Roundings
@@ -11,28 +13,39 @@ from quarot_onnx.hadamard import plan
 from quarot_onnx.passes.base import Effect, Pass, Report
 from quarot_onnx.passes.calibrate_weights import CalibrateWeightsPass
 from quarot_onnx.passes.fuse_layer_norm_mean import FuseLayerNormMeanPass
+from quarot_onnx.passes.fuse_norm_output_scale import FuseNormOutputScalePass
 from quarot_onnx.passes.fuse_norm_scale import FuseNormScalePass
 from quarot_onnx.passes.fuse_r1 import FuseR1Pass
 from quarot_onnx.passes.fuse_r2 import FuseR2Pass
+from quarot_onnx.passes.fuse_value_transform import FuseValueTransformPass
+from quarot_onnx.passes.insert_down_transform import InsertDownTransformPass
+from quarot_onnx.passes.insert_head_transform import InsertHeadTransformPass
 from quarot_onnx.passes.insert_heads_hadamard import InsertHeadsHadamardPass
+from quarot_onnx.passes.insert_key_transform import InsertKeyTransformPass
 from quarot_onnx.passes.insert_r3 import InsertR3Pass
 from quarot_onnx.passes.insert_r4 import InsertR4Pass
 from quarot_onnx.passes.quantize_activations import QuantizeActivationsPass
 from quarot_onnx.passes.quantize_kv_cache import QuantizeKvCachePass
 from quarot_onnx.passes.quantize_weights import QuantizeWeightsPass
 from quarot_onnx.passes.search_clips import SearchClipsPass
+from quarot_onnx.passes.search_r1 import SearchR1Pass
+from quarot_onnx.passes.smooth_down_input import SmoothDownInputPass, scales_from_calibration
 from quarot_onnx.passes.split_outliers import SplitOutliersPass, largest_features
 from quarot_onnx.passes.untie_embeddings import untie_embeddings
 from quarot_onnx.recipe import Recipe
-from quarot_onnx.rotation import Rotation
+from quarot_onnx.rotation import residual_rotations
+from quarot_onnx.transforms import Transforms
 
 __all__ = ["Effect", "Pass", "Report", "pipeline", "untie_embeddings"]
+
+_Given = TypeVar("_Given")
 
 
 def pipeline(
     recipe: Recipe,
     decoder: Decoder,
     calibration: Calibration | None = None,
+    transforms: Transforms | None = None,
     *,
     journal: Journal | None = None,
     progress: Progress | None = None,
@@ -41,25 +54,16 @@ def pipeline(
 
     A pass that has to look at data gets `calibration`, which is all that it may look at; it keeps
     what it has finished in `journal` and tells `progress` the layers done and the layers in all.
+    Where `transforms` holds a place's matrices, they stand there in place of the recipe's.
     """
-    rotations, seed = recipe.rotations, recipe.seed
-    attention = decoder.layers[0].attention
+    rotations = recipe.rotations
     passes: list[Pass] = []
     if rotations.fold_norm_scale and any(norm.is_layer_norm for norm in decoder.norms):
         passes.append(FuseLayerNormMeanPass(decoder))
     if rotations.fold_norm_scale:
         passes.append(FuseNormScalePass(decoder))
-    if rotations.r1 != "none":
-        residual = Rotation(rotations.r1, decoder.hidden_size, seed, "R1")
-        passes.append(FuseR1Pass(decoder, residual, rotations.post_norm))
-    if rotations.r2:
-        passes.append(FuseR2Pass(decoder, plan(attention.head_dim)))
-    if rotations.heads:
-        passes.append(InsertHeadsHadamardPass(decoder, plan(attention.num_heads, policy="full")))
-    if rotations.r3:
-        passes.append(InsertR3Pass(decoder, plan(attention.head_dim)))
-    if rotations.r4:
-        passes.append(InsertR4Pass(decoder, rotations.r4_policy))
+    passes += _offline(recipe, decoder, calibration, transforms or Transforms())
+    passes += _online(recipe, decoder, transforms or Transforms())
     passes += _of_weights(recipe, decoder, calibration, journal, progress)
     return passes + _quantize_activations(recipe, decoder, calibration, progress)
 
@@ -70,9 +74,8 @@ def _of_weights(
     calibration: Calibration | None,
     journal: Journal | None,
     progress: Progress | None,
-) -> list[Pass]:
+) -> Iterator[Pass]:
     """What turns weights into codes, and keeps outlier features out of them."""
-    passes: list[Pass] = []
     if (outliers := recipe.outliers).are_split and calibration is not None:
         choose = partial(
             largest_features,
@@ -81,21 +84,17 @@ def _of_weights(
             share=outliers.share,
             threshold=outliers.threshold,
         )
-        passes.append(SplitOutliersPass(decoder, choose))
-    if (weights := recipe.weights).bits < 16:
-        if weights.is_calibrated and calibration is not None:
-            passes.append(
-                CalibrateWeightsPass(
-                    decoder, weights, calibration, journal=journal, progress=progress
-                )
-            )
-        else:
-            passes.append(
-                QuantizeWeightsPass(
-                    decoder, **asdict(weights.form), down_proj_bits=weights.down_proj_bits
-                )
-            )
-    return passes
+        yield SplitOutliersPass(decoder, choose)
+    weights = recipe.weights
+    if weights.bits == 16:
+        return
+    if weights.is_calibrated and calibration is not None:
+        yield CalibrateWeightsPass(
+            decoder, weights, calibration, journal=journal, progress=progress
+        )
+    else:
+        form = asdict(weights.form)
+        yield QuantizeWeightsPass(decoder, **form, down_proj_bits=weights.down_proj_bits)
 
 
 def _quantize_activations(
@@ -117,3 +116,53 @@ def _quantize_activations(
         part = calibration.part(recipe.calibration.search_windows)
         return [*quantized, SearchClipsPass(decoder, part, searched, progress)]
     return [*quantized]
+
+
+def _offline(
+    recipe: Recipe, decoder: Decoder, calibration: Calibration | None, given: Transforms
+) -> Iterator[Pass]:
+    """What is fused into weights and costs nothing at run time."""
+    rotations = recipe.rotations
+    attention, count = decoder.layers[0].attention, len(decoder.layers)
+    if recipe.smoothing.down_proj and calibration is not None:
+        alpha = recipe.smoothing.alpha
+        scales = partial(scales_from_calibration, decoder, calibration, alpha)
+        yield SmoothDownInputPass(decoder, scales, f"from calibration, alpha {alpha:g}")
+    if ups := _each(given.up(layer) for layer in range(count)):
+        yield SmoothDownInputPass(decoder, lambda: ups, "given")
+    if given.r1 is not None or rotations.r1 != "none":
+        candidates = residual_rotations(recipe, decoder.hidden_size, given)
+        if len(candidates) > 1 and calibration is not None:
+            yield SearchR1Pass(decoder, candidates, rotations.post_norm, calibration)
+        else:
+            yield FuseR1Pass(decoder, candidates[0], rotations.post_norm)
+    norms = {i: (given.norm(i, 0), given.norm(i, 1)) for i in range(count)}
+    if any(scale is not None for pair in norms.values() for scale in pair):
+        yield FuseNormOutputScalePass(decoder, norms)
+    if values := _each(given.value(layer, attention.num_kv_heads) for layer in range(count)):
+        yield FuseValueTransformPass(decoder, values)
+    elif rotations.r2:
+        yield FuseR2Pass(decoder, plan(attention.head_dim))
+
+
+def _online(recipe: Recipe, decoder: Decoder, given: Transforms) -> Iterator[Pass]:
+    """What runs as nodes in front of what is quantized."""
+    rotations, layers = recipe.rotations, range(len(decoder.layers))
+    attention = decoder.layers[0].attention
+    if heads := _each(given.heads(layer) for layer in layers):
+        yield InsertHeadTransformPass(decoder, heads)
+    elif rotations.heads:
+        yield InsertHeadsHadamardPass(decoder, plan(attention.num_heads, policy="full"))
+    if keys := _each(given.key(layer) for layer in layers):
+        yield InsertKeyTransformPass(decoder, keys)
+    elif rotations.r3:
+        yield InsertR3Pass(decoder, plan(attention.head_dim))
+    if downs := _each(given.down(layer) for layer in layers):
+        yield InsertDownTransformPass(decoder, downs)
+    elif rotations.r4:
+        yield InsertR4Pass(decoder, rotations.r4_policy)
+
+
+def _each(found: Iterable[_Given | None]) -> list[_Given]:
+    """What is given, for all layers or for none (`Transforms` has made sure)."""
+    return [item for item in found if item is not None]

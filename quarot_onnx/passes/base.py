@@ -53,6 +53,9 @@ class Pass(ABC):
     first, so that a refused model is untouched.
 
     Attributes:
+        decoder: handles into the graph.
+        found: matrices and scales that the pass has chosen by looking at data, by the names of
+            `quarot_onnx.transforms`; they are saved with the artifact.
         restate: the residual stream [..., hidden_size] after `rewrite`, from the stream before;
             None where it is the same.
     """
@@ -62,6 +65,7 @@ class Pass(ABC):
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.restate: Callable[[Float64], Float64] | None = None
+        self.found: dict[str, Float64] = {}
 
     @property
     def name(self) -> str:
@@ -102,6 +106,15 @@ class Pass(ABC):
             raise UnsupportedModelError(
                 f"{self.name}: {later} has been applied to this model; apply {self.name}Pass before"
             )
+
+    def refuse_experts(self) -> None:
+        """Refuse a model with a mixture of experts.
+
+        Raises:
+            UnsupportedModelError: names the layer.
+        """
+        for layer in self.decoder.layers:
+            _ = layer.mlp
 
     def report(
         self,

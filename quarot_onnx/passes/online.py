@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How passes put an online Hadamard in front of an input of a node."""
+"""How passes put an online Hadamard or transform in front of an input of a node."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from quarot_onnx import ops
 from quarot_onnx.hadamard import Plan
+from quarot_onnx.weights import ArraySource, Float64, Weight
 
 
 def describe(plan: Plan) -> str:
@@ -30,7 +34,7 @@ def insert_hadamard(model: ir.Model, node: ir.Node, position: int, plan: Plan, n
         _shared(model, f"quarot.hadamard.{_order(plan)}.{side}", matrix)
         for side, matrix in (("A", a), ("B", b))
     ]
-    _insert(model, node, position, "Hadamard", matrices, plan, name)
+    _insert(model, node, position, "Hadamard", matrices, _factors(plan), name)
 
 
 def insert_hadamard_heads(
@@ -38,7 +42,26 @@ def insert_hadamard_heads(
 ) -> None:
     """Rotate input `position` of `node` by `plan` across the heads of its last axis."""
     matrix = _shared(model, f"quarot.hadamard.{_order(plan)}.heads", plan.matrix())
-    _insert(model, node, position, "HadamardHeads", [matrix], plan, name)
+    _insert(model, node, position, "HadamardHeads", [matrix], _factors(plan), name)
+
+
+def insert_transform(
+    model: ir.Model, node: ir.Node, position: int, factors: tuple[Float64, Float64], name: str
+) -> None:
+    """Multiply input `position` of `node` by ``A ⊗ B`` along its last axis."""
+    matrices = [
+        _own(model, f"quarot{name.replace('/', '.')}.{side}", matrix)
+        for side, matrix in zip("AB", factors, strict=True)
+    ]
+    _insert(model, node, position, "Transform", matrices, {}, name)
+
+
+def insert_head_transform(
+    model: ir.Model, node: ir.Node, position: int, matrix: Float64, name: str
+) -> None:
+    """Multiply input `position` of `node` by ``M ⊗ I``: across the heads of its last axis."""
+    value = _own(model, f"quarot{name.replace('/', '.')}.A", matrix)
+    _insert(model, node, position, "TransformHeads", [value], {}, name)
 
 
 def _pad(model: ir.Model, node: ir.Node, position: int, plan: Plan, name: str) -> None:
@@ -76,27 +99,29 @@ def _order(plan: Plan) -> str:
     return "x".join(str(factor) for factor in plan.factors)
 
 
+def _factors(plan: Plan) -> dict[str, Any]:
+    return {"factors": list(plan.factors)}
+
+
 def _insert(
     model: ir.Model,
     node: ir.Node,
     position: int,
     operator: str,
     matrices: list[ir.Value],
-    plan: Plan,
+    attributes: Mapping[str, Any],
     name: str,
 ) -> None:
     x = node.inputs[position]
     assert x is not None
-    online = ops.node(operator, [x, *matrices], {"factors": list(plan.factors)}, at=name)
+    online = ops.node(operator, [x, *matrices], attributes, at=name)
     online.outputs[0].type, online.outputs[0].shape = x.type, x.shape
     model.graph.insert_before(node, online)
     node.replace_input_with(position, online.outputs[0])
     ops.declare(model)
 
 
-def _shared(
-    model: ir.Model, name: str, matrix: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
-) -> ir.Value:
+def _shared(model: ir.Model, name: str, matrix: Float64) -> ir.Value:
     """The float32 initializer `name`, one for all sites."""
     if name not in model.graph.initializers:
         tensor = ir.tensor(matrix.astype(np.float32), name=name)
@@ -104,3 +129,12 @@ def _shared(
         value.const_value = tensor
         model.graph.initializers[name] = value
     return model.graph.initializers[name]
+
+
+def _own(model: ir.Model, name: str, matrix: Float64) -> ir.Value:
+    """The initializer `name` of one site: float32 when written, float64 until then."""
+    weight = Weight(name, ArraySource(matrix), ir.DataType.FLOAT)
+    value = ir.Value(name=name, type=ir.TensorType(weight.dtype), shape=ir.Shape(matrix.shape))
+    value.const_value = weight
+    model.graph.initializers[name] = value
+    return value

@@ -154,7 +154,8 @@ def build_plugins(
     directory = build_directory() / _kernels_digest(source, target, options)
     include = tensorrt_include or os.environ.get("TRT_INCLUDE")
     if include:
-        options += [f"TRT_INCLUDE={include}", f"CUDA_INCLUDE={cuda_include(find_nvcc())}"]
+        options.append(f"TRT_INCLUDE={Path(include).resolve()}")
+        options.append(f"CUDA_INCLUDE={cuda_include(find_nvcc())}")
     build_id = plugins_digest(target, options)
     place = directory / f"plugins-{build_id}"
     options += [f"BUILD_ID={build_id}", f"PLUGIN_BUILD={place}"]

@@ -27,10 +27,12 @@ from numpy.typing import NDArray
 
 from quarot_onnx import artifacts
 from quarot_onnx.errors import GateError, UsageError
+from quarot_onnx.export.architectures import dimensions
 from quarot_onnx.pipeline import Rewritten, rewrite
-from quarot_onnx.recipe import Activations, KvCache, Recipe, Weights
+from quarot_onnx.recipe import Activations, KvCache, Learning, Recipe, Smoothing, Weights
 from quarot_onnx.runtime import load_session, position_ids
 from quarot_onnx.sections import between, cut
+from quarot_onnx.transforms import Transforms
 from quarot_onnx.validate.closeness import relative_error
 from quarot_onnx.validate.subject import Subject
 from quarot_onnx.validate.verdict import Finding, Skip
@@ -119,7 +121,7 @@ def bisect(subject: Subject) -> Bisection:
 
     Raises:
         InputError: the artifact or the reference is damaged.
-        UsageError: no reference, or rotations that were learned from text.
+        UsageError: no reference.
     """
     if subject.reference is None:
         raise UsageError("--bisect: needs the model it was exported from; give --reference")
@@ -170,9 +172,17 @@ def check_sites(subject: Subject) -> Finding:
 
 
 def _uncalibrated(subject: Subject) -> "Twin":
-    if subject.recipe.is_calibrated:
+    if _without_search(subject.recipe).is_calibrated:
         raise Skip("the recipe looked at text, without which its weights cannot be found again")
     return Twin(subject)
+
+
+def _without_search(recipe: Recipe) -> Recipe:
+    """The recipe without what was found by looking at text: the artifact's transforms say it."""
+    rotations = recipe.rotations.model_copy(update={"candidates": 1})
+    return recipe.model_copy(
+        update={"rotations": rotations, "learning": Learning(), "smoothing": Smoothing()}
+    )
 
 
 class Twin:
@@ -185,7 +195,10 @@ class Twin:
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        recipe = subject.recipe
+        recipe = _without_search(subject.recipe)
+        self._given = Transforms.of_artifact(
+            subject.artifact, dimensions(subject.checkpoint.config)
+        )
         self.is_calibrated = recipe.is_calibrated
         float_recipe = recipe.model_copy(
             update={
@@ -194,15 +207,14 @@ class Twin:
                 "kv_cache": KvCache(bits=16),
             }
         )
-        if float_recipe.is_calibrated:
-            raise UsageError(
-                f"recipe {recipe.name}: its rotations were learned from text and cannot be found "
-                "again; validate without --bisect"
-            )
-        self._float = rewrite(subject.checkpoint, float_recipe, subject.dtype)
+        self._float = self._rewrite(float_recipe)
         self._quantized = self._float
         if recipe.is_lossy:
-            self._quantized = rewrite(subject.checkpoint, self._rounding(recipe), subject.dtype)
+            self._quantized = self._rewrite(self._rounding(recipe))
+
+    def _rewrite(self, recipe: Recipe) -> Rewritten:
+        subject = self._subject
+        return rewrite(subject.checkpoint, recipe, subject.dtype, transforms=self._given)
 
     def _rounding(self, recipe: Recipe) -> Recipe:
         """The recipe itself, or one with the same bits that needs no text."""

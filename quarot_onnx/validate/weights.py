@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quarot_onnx.errors import GateError
+from quarot_onnx.export.architectures import dimensions
 from quarot_onnx.export.checkpoint import CheckpointSource
 from quarot_onnx.hadamard import plan
-from quarot_onnx.rotation import Rotation
+from quarot_onnx.rotation import residual_rotations
+from quarot_onnx.transforms import Transforms
 from quarot_onnx.validate.closeness import relative_error
 from quarot_onnx.validate.subject import Subject
 from quarot_onnx.validate.verdict import Finding
@@ -116,11 +118,12 @@ class _ExpectedWeights:
         rotations, config = subject.recipe.rotations, subject.config
         self.rotations = rotations
         self.num_heads, self.head_dim = subject.num_heads, subject.head_dim
-        self.r1 = (
-            Rotation(rotations.r1, config["hidden_size"], subject.recipe.seed, "R1")
-            if rotations.r1 != "none"
-            else None
-        )
+        sizes = dimensions(config)
+        self.num_kv_heads = sizes.num_kv_heads
+        self.given = Transforms.of_artifact(subject.artifact, sizes)
+        self.r1 = None
+        if self.given.r1 is not None or rotations.r1 != "none":
+            (self.r1, *_) = residual_rotations(subject.recipe, sizes.hidden_size, self.given)
         self.r2, self.heads = plan(self.head_dim), plan(self.num_heads, policy="full")
         self.r4 = plan(config["intermediate_size"], policy=rotations.r4_policy)
 
@@ -139,17 +142,67 @@ class _ExpectedWeights:
         is_folded = self.rotations.fold_norm_scale and not name.endswith(
             ("q_norm.weight", "k_norm.weight")
         )
-        return np.ones_like(scale) if is_folded else scale
+        if not is_folded:
+            return scale
+        given = self._norm_scale(name.removesuffix(".weight"))
+        return np.ones_like(scale) if given is None else given
+
+    def _norm_scale(self, norm: str) -> Float64 | None:
+        """What the transforms give to norm `norm` of a layer."""
+        which = ("input_layernorm", "post_attention_layernorm")
+        last = norm.rpartition(".")[2]
+        return self.given.norm(_layer_of(norm), which.index(last)) if last in which else None
 
     def reader(self, weight: Float64, norm: str) -> Float64:
         """A weight [in, out] that reads the residual stream behind `norm`."""
         if self.rotations.fold_norm_scale:
             weight = self.tensor(f"{norm}.weight", transposed=False)[:, None] * weight
-        return weight if self.r1 is None else self.r1.rotate_inputs(weight)
+        weight = weight if self.r1 is None else self.r1.rotate_inputs(weight)
+        given = self._norm_scale(norm)
+        return weight if given is None else weight / given[:, None]
 
     def writer(self, weight: Float64) -> Float64:
         """A weight [..., out] that is added to the residual stream."""
         return weight if self.r1 is None else self.r1.rotate_outputs(weight)
+
+    def values(self, layer: int, values: Float64) -> Float64:
+        """What becomes of v_proj's outputs, the last axis."""
+        matrices = self.given.value(layer, self.num_kv_heads)
+        if matrices is None:
+            return self.by_head(values)
+        turned: Float64 = np.empty_like(values)
+        for h, matrix in enumerate(matrices):
+            head = slice(h * self.head_dim, (h + 1) * self.head_dim)
+            turned[..., head] = values[..., head] @ matrix
+        return turned
+
+    def heads_and_values_undone(self, layer: int, weight: Float64) -> Float64:
+        """o_proj's weight [in, out] behind the transforms of its input."""
+        split = weight.reshape(self.num_heads, self.head_dim, -1)
+        matrices = self.given.value(layer, self.num_kv_heads)
+        if matrices is None:
+            split = self.by_head(weight.T).T.reshape(split.shape)
+        else:
+            shared = self.num_heads // self.num_kv_heads
+            split = np.stack(
+                [np.linalg.solve(matrices[h // shared], x) for h, x in enumerate(split)]
+            )
+        across = self.given.heads(layer)
+        if across is not None:
+            flat = np.linalg.solve(across, split.reshape(self.num_heads, -1)).astype(np.float64)
+            return flat.reshape(weight.shape)
+        if self.rotations.heads and self.heads.kind == "full":
+            split = np.einsum("hdo,hg->gdo", split, self.heads.matrix())
+        return split.reshape(weight.shape)
+
+    def down_undone(self, layer: int, weight: Float64) -> Float64:
+        """down_proj's weight [in, out] behind the transform of its input."""
+        given = self.given.down(layer)
+        if given is not None:
+            return np.linalg.solve(np.kron(*given), weight)
+        if self.rotations.r4 and self.r4.kind != "none":
+            return self.r4.apply(weight, axis=0)
+        return weight
 
     def by_head(self, values: Float64) -> Float64:
         """R2 on the last axis, head by head."""
@@ -163,19 +216,18 @@ class _ExpectedWeights:
         """The weight of linear `module` of a layer."""
         weight = self.tensor(f"{module}.weight", transposed=True)
         layer, role = module.rsplit(".", 2)[0], module.rpartition(".")[2]
+        index = _layer_of(module)
         if role in ("q_proj", "k_proj", "v_proj"):
             weight = self.reader(weight, f"{layer}.input_layernorm")
-            return self.by_head(weight) if role == "v_proj" else weight
+            return self.values(index, weight) if role == "v_proj" else weight
+        up = self.given.up(index)
         if role in ("gate_proj", "up_proj"):
-            return self.reader(weight, f"{layer}.post_attention_layernorm")
+            weight = self.reader(weight, f"{layer}.post_attention_layernorm")
+            return weight if up is None or role == "gate_proj" else weight / up
         if role == "o_proj":
-            weight = self.by_head(weight.T).T
-            if self.rotations.heads and self.heads.kind == "full":
-                split = weight.reshape(self.num_heads, self.head_dim, -1)
-                turned = np.einsum("hdo,hg->gdo", split, self.heads.matrix())
-                weight = turned.reshape(weight.shape)
-        elif self.rotations.r4 and self.r4.kind != "none":
-            weight = self.r4.apply(weight, axis=0)
+            weight = self.heads_and_values_undone(index, weight)
+        else:
+            weight = self.down_undone(index, weight if up is None else weight * up[:, None])
         return self.writer(weight)
 
     def bias(self, module: str) -> Float64:
@@ -183,5 +235,10 @@ class _ExpectedWeights:
         values = self.tensor(f"{module}.bias", transposed=False)
         role = module.rpartition(".")[2]
         if role == "v_proj":
-            return self.by_head(values)
+            return self.values(_layer_of(module), values)
         return self.writer(values) if role in ("o_proj", "down_proj") else values
+
+
+def _layer_of(module: str) -> int:
+    """3 of ``model.layers.3.mlp.down_proj``."""
+    return int(module.split(".")[2])

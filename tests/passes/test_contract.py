@@ -18,7 +18,7 @@ from quarot_onnx.passes.base import APPLIED
 from quarot_onnx.recipe import Recipe, load_recipe, preset_names
 from quarot_onnx.rotation import Rotation
 from tests import float64, running
-from tests.small_decoder import assert_equivalent, located, logits, refused
+from tests.small_decoder import assert_equivalent, invertible, located, logits, refused
 
 BUILD: dict[type[Pass], Callable[[Decoder], Pass]] = {
     package.FuseLayerNormMeanPass: package.FuseLayerNormMeanPass,
@@ -27,6 +27,24 @@ BUILD: dict[type[Pass], Callable[[Decoder], Pass]] = {
         d, Rotation("randomized_hadamard", d.hidden_size, 0, "R1")
     ),
     package.FuseR2Pass: lambda d: package.FuseR2Pass(d, plan(4)),
+    package.SmoothDownInputPass: lambda d: package.SmoothDownInputPass(
+        d, lambda: [np.linspace(0.5, 2, 12)] * len(d.layers), "given"
+    ),
+    package.FuseNormOutputScalePass: lambda d: package.FuseNormOutputScalePass(
+        d, {i: (np.linspace(0.5, 2, 8), np.linspace(3, 1, 8)) for i in range(len(d.layers))}
+    ),
+    package.FuseValueTransformPass: lambda d: package.FuseValueTransformPass(
+        d, [invertible(2, 4, 4)] * len(d.layers)
+    ),
+    package.InsertHeadTransformPass: lambda d: package.InsertHeadTransformPass(
+        d, [invertible(4, 4)] * len(d.layers)
+    ),
+    package.InsertKeyTransformPass: lambda d: package.InsertKeyTransformPass(
+        d, [invertible(4, 4)] * len(d.layers)
+    ),
+    package.InsertDownTransformPass: lambda d: package.InsertDownTransformPass(
+        d, [(invertible(3, 3), invertible(4, 4))] * len(d.layers)
+    ),
     package.InsertHeadsHadamardPass: lambda d: package.InsertHeadsHadamardPass(d, plan(4)),
     package.InsertR3Pass: lambda d: package.InsertR3Pass(d, plan(4)),
     package.InsertR4Pass: package.InsertR4Pass,
@@ -45,6 +63,7 @@ BUILD: dict[type[Pass], Callable[[Decoder], Pass]] = {
 
 BEFORE: dict[type[Pass], type[Pass]] = {
     package.FuseR1Pass: package.FuseNormScalePass,
+    package.FuseNormOutputScalePass: package.FuseNormScalePass,
     package.QuantizeActivationsPass: package.QuantizeWeightsPass,
 }
 """What must have been applied before."""
@@ -178,6 +197,7 @@ def test_the_passes_of_a_recipe_are_the_ones_it_names_in_the_order_of_the_paper(
     asked = {
         "FuseLayerNormMean": False,
         "FuseNormScale": recipe.rotations.fold_norm_scale,
+        "SmoothDownInput": recipe.smoothing.down_proj,
         "FuseR1": recipe.rotations.r1 != "none",
         "FuseR2": recipe.rotations.r2,
         "InsertHeadsHadamard": recipe.rotations.heads,

@@ -188,6 +188,13 @@ def test_norms_and_rotations_for_old_parsers_are_those_of_the_standard(tmp_path:
         ("llama", "w4a4kv4", ("kv_cache.io=float",), "float16", r"KvFakeQuantize has no TensorRT"),
         ("llama", "rotate-only", (), "float16", r"Hadamard|has no"),
         ("gemma2", "w4a4kv4", (), "float16", r"KvAttentionSoftcap has no TensorRT plugin"),
+        (
+            "mixtral",
+            "w4a4kv4",
+            (),
+            "float16",
+            r"read by Gather, as those of experts .* dense models",
+        ),
     ],
 )
 def test_refuses_what_has_no_plugin_and_says_what_to_do(

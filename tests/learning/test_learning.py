@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning changes the matrices and never the function; what it learns is what is exported."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from quarot_onnx import ops
+from quarot_onnx.calibration import Calibration
+from quarot_onnx.errors import InputError, UnsupportedModelError
+from quarot_onnx.learning import learn
+from quarot_onnx.learning.matrices import LearnedRotation
+from quarot_onnx.learning.rounding import round_activation, round_cache, round_weight
+from quarot_onnx.learning.student import Student, balanced_factors
+from quarot_onnx.pipeline import export
+from quarot_onnx.quantizers.rtn import rtn
+from quarot_onnx.recipe import Recipe, load_recipe
+from quarot_onnx.reference import FakeQuantModel, HuggingFaceModel
+from quarot_onnx.runtime import OnnxModel
+from quarot_onnx.transforms import FILE
+from tests.conftest import HuggingFace
+
+ALL = "learning.places=['r1','value','key','heads','down','up','norms']"
+CALIBRATION = Calibration.of(np.random.default_rng(0).integers(0, 128, (6, 24)), "random tokens")
+IDS = np.random.default_rng(1).integers(0, 128, (2, 20))
+
+
+def _recipe(name: str = "w4a4kv4", *settings: str, places: str = ALL, steps: int = 3) -> Recipe:
+    return load_recipe(name, [places, f"learning.steps={steps}", *settings])
+
+
+def _disturbed(model_dir: Path, recipe: Recipe) -> Student:
+    """A student whose parameters are all away from where they start."""
+    student = Student(HuggingFaceModel(model_dir).model, recipe)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in [*student.rotations, *student.matrices, *student.scales]:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return student
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2-biases", "qwen3-head-dim"])
+@pytest.mark.parametrize("places", [ALL, "learning.places=['r1','r2']"])
+def test_without_rounding_every_parameter_leaves_the_function_alone(
+    hugging_face: HuggingFace, family, places
+) -> None:
+    model_dir = hugging_face(family)
+    ids = torch.from_numpy(IDS)
+    with torch.no_grad():
+        wanted = HuggingFaceModel(model_dir).model(input_ids=ids, use_cache=False).logits
+        found = _disturbed(model_dir, _recipe("rotate-only", places=places))(ids)
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 2e-5
+
+
+def test_a_learned_rotation_is_a_rotation() -> None:
+    start = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))[0]
+    rotation = LearnedRotation(start)
+    assert torch.equal(rotation.matrix(), start)
+    with torch.no_grad():
+        rotation.free.normal_()
+    matrix = rotation.matrix().detach()
+    assert float((matrix @ matrix.T - torch.eye(12)).abs().max()) < 1e-13
+    assert float((matrix - start).abs().max()) > 0.1
+
+
+def test_the_rounding_is_that_of_the_operators() -> None:
+    x = np.random.default_rng(0).normal(size=(3, 2, 5, 16)).astype(np.float32)
+    x[0, 0, 0] = 0
+    codes, scale = ops.quantize_int4(x)
+    wanted = (codes.astype(np.float32) - ops.ACTIVATION_ZERO_POINT) * scale
+    found = round_activation(torch.from_numpy(x), 4, 0.9)
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-6)
+    np.testing.assert_allclose(
+        round_cache(torch.from_numpy(x), 4, 0.95).numpy(), ops.kv_fake_quantize(x), rtol=1e-6
+    )
+    codes, scale = rtn(x[0, 0].T.astype(np.float64), bits=4, clip_search=False)
+    weight = round_weight(torch.from_numpy(x[0, 0]), 4)
+    np.testing.assert_allclose(weight.numpy(), (codes * scale).T, rtol=1e-6)
+
+
+def test_the_loss_falls_and_two_runs_agree(hugging_face: HuggingFace) -> None:
+    recipe = _recipe(steps=30)
+    first, second = (learn(hugging_face("llama"), recipe, CALIBRATION) for _ in range(2))
+    losses = [record["loss"] for record in first.report.records]
+    assert losses[-1] < 0.9 * losses[0]
+    assert first.report == second.report
+    for name, array in first.transforms.tensors.items():
+        np.testing.assert_array_equal(array, second.transforms.tensors[name])
+
+
+def test_a_learned_export_is_hugging_faces_function(
+    traced_once: None, hugging_face: HuggingFace, tmp_path: Path
+) -> None:
+    model_dir = hugging_face("qwen2-biases")
+    recipe = _recipe("rotate-only", "activations.bits=16", steps=2)
+    disturbed = _disturbed(model_dir, recipe).tensors()
+    manifest = _export(model_dir, tmp_path / "first", recipe, disturbed)
+    assert "LearnTransforms" not in [step["name"] for step in manifest["passes"]]
+    found, _ = OnnxModel(tmp_path / "first").step(IDS, OnnxModel(tmp_path / "first").new_cache(2))
+    judge = HuggingFaceModel(model_dir)
+    wanted, _ = judge.step(IDS, judge.new_cache(2))
+    assert np.abs(found - wanted).max() < 2e-5 * np.abs(wanted).max()
+
+
+def _export(model_dir: Path, out: Path, recipe: Recipe, tensors=None):
+    """An export that learns, or one with given tensors."""
+    if tensors is None:
+        return export(model_dir, out, recipe, calibration=CALIBRATION)
+    from safetensors.numpy import save_file  # noqa: PLC0415
+
+    path = out.parent / "given.safetensors"
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, path)
+    return export(model_dir, out, recipe, calibration=CALIBRATION, transforms=path)
+
+
+def test_an_artifact_carries_what_it_learned_and_can_be_made_from_it_again(
+    traced_once: None, hugging_face: HuggingFace, tmp_path: Path
+) -> None:
+    model_dir, recipe = hugging_face("llama"), _recipe()
+    manifest = _export(model_dir, tmp_path / "learned", recipe)
+    assert manifest["transforms"]["source"] == "learned"
+    (tensorrt,) = [t for t in manifest["targets"] if t["name"] == "tensorrt"]
+    assert "down, heads, key run online" in tensorrt["reasons"][-1]
+    export(
+        model_dir,
+        tmp_path / "again",
+        recipe,
+        calibration=CALIBRATION,
+        transforms=tmp_path / "learned" / FILE,
+    )
+    for name in ("model.onnx", "model.onnx_data"):
+        assert (tmp_path / "learned" / name).read_bytes() == (
+            tmp_path / "again" / name
+        ).read_bytes()
+
+    graph, torch_model = OnnxModel(tmp_path / "learned"), FakeQuantModel(tmp_path / "learned")
+    found, _ = graph.step(IDS, graph.new_cache(2))
+    wanted, _ = torch_model.step(IDS, torch_model.new_cache(2))
+    assert np.median(np.abs(found - wanted).max(axis=-1)) < 1e-4 * np.abs(wanted).max()
+
+
+def test_refuses_another_architecture(hugging_face: HuggingFace) -> None:
+    with pytest.raises(UnsupportedModelError, match="learning is written for llama, mistral"):
+        learn(hugging_face("opt"), _recipe(), CALIBRATION)
+
+
+def test_stops_where_the_loss_is_no_number(hugging_face: HuggingFace) -> None:
+    recipe = _recipe("w4a4kv4", "learning.scale_rate=1e30", steps=5)
+    with pytest.raises(InputError, match="the loss is nan at step"):
+        learn(hugging_face("llama"), recipe, CALIBRATION)
+
+
+def test_a_kronecker_product_takes_the_nearest_factors() -> None:
+    assert balanced_factors(688) == (16, 43)
+    assert balanced_factors(11008) == (86, 128)
+    with pytest.raises(UnsupportedModelError, match="in_features = 2053 has no factors up to 1024"):
+        balanced_factors(2053)
