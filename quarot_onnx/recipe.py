@@ -8,7 +8,7 @@ value. The resolved recipe is saved with every artifact.
 import difflib
 import tomllib
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -110,6 +110,7 @@ class Weights(_Spec):
         block_size: rows that GPTQ updates at once; changes the speed only.
         act_order: GPTQ rounds the inputs of largest power first.
         static_groups: GPTQ takes the scales of groups from the weight as it was.
+        down_proj_bits: of down_proj's codes, where they differ.
     """
 
     bits: WeightBits = 4
@@ -122,6 +123,7 @@ class Weights(_Spec):
     block_size: int = Field(default=128, ge=1)
     act_order: bool = False
     static_groups: bool = False
+    down_proj_bits: Literal[2, 3, 4, 5, 6, 7, 8] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Weights":
@@ -150,6 +152,16 @@ class Weights(_Spec):
     def form(self) -> Form:
         """How a weight is stored."""
         return Form(self.bits, self.symmetric, self.group_size, self.clip_search)
+
+    @property
+    def down_proj_form(self) -> Form:
+        """How down_proj's weight is stored."""
+        return replace(self.form, bits=self.down_proj_bits or self.bits)
+
+    @property
+    def most_bits(self) -> int:
+        """Of any code."""
+        return max(self.bits, self.down_proj_bits or 0)
 
 
 class _Rounded(_Spec):
@@ -203,6 +215,24 @@ class KvCache(_Rounded):
     io: Literal["packed", "float"] = "packed"
 
 
+class Outliers(_Spec):
+    """Input features of linears that stay float, with their weights: the way before rotations.
+
+    Attributes:
+        share: of the features of every input, those with the largest activations (QUIK,
+            arXiv 2310.09259: 256 of 4096).
+        threshold: every feature whose activation reaches it (LLM.int8, arXiv 2208.07339: 6).
+    """
+
+    share: float = Field(default=0.0, ge=0, lt=1)
+    threshold: float = Field(default=0.0, ge=0)
+
+    @property
+    def are_split(self) -> bool:
+        """Whether any feature stays float."""
+        return self.share > 0 or self.threshold > 0
+
+
 class CalibrationText(_Spec):
     """How much of a text the calibrated methods look at: evenly spaced windows, without overlap.
 
@@ -226,6 +256,7 @@ class Recipe(_Spec):
     weights: Weights = Weights()
     activations: Activations = Activations()
     kv_cache: KvCache = KvCache()
+    outliers: Outliers = Outliers()
     calibration: CalibrationText = CalibrationText()
 
     @model_validator(mode="after")
@@ -244,6 +275,16 @@ class Recipe(_Spec):
             raise ValueError(
                 f"activations.bits = {self.activations.bits} with weights that have groups or zero "
                 "points; integer products need weights.symmetric = true and weights.group_size = 0"
+            )
+        if self.outliers.share > 0 and self.outliers.threshold > 0:
+            raise ValueError(
+                f"outliers.share = {self.outliers.share:g} and outliers.threshold = "
+                f"{self.outliers.threshold:g}; give one of them"
+            )
+        if self.weights.bits == 16 and self.weights.down_proj_bits is not None:
+            raise ValueError(
+                f"weights.down_proj_bits = {self.weights.down_proj_bits} with float weights; "
+                "set weights.bits below 16"
             )
         if self.rotations.r1 != "none" and not self.rotations.fold_norm_scale:
             raise ValueError("rotations.r1 needs rotations.fold_norm_scale = true")
@@ -279,6 +320,7 @@ class Recipe(_Spec):
             bool(self.learning.places),
             self.smoothing.down_proj,
             self.rotations.candidates > 1,
+            self.outliers.are_split,
         ]
         sections = (self.weights, self.activations, self.kv_cache)
         rounded = (section.bits < 16 and section.is_calibrated for section in sections)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from quarot_onnx.recipe import Recipe
+    from quarot_onnx.recipe import Activations, KvCache, Recipe, Weights
 
 
 @dataclass(frozen=True)
@@ -57,30 +57,50 @@ def _place(tensor: str) -> str:
 
 def _without_plugin(recipe: "Recipe") -> Iterator[str]:
     """What the recipe asks of TensorRT that `build` does not lower to a plugin."""
-    weights, activations, cache = recipe.weights, recipe.activations, recipe.kv_cache
-    for name, bits in (("weights", weights.bits), ("activations", activations.bits)):
-        if bits != 4:
-            yield f"{name}.bits = {bits}: the GEMM plugin multiplies codes of 4 bits"
+    yield from _of_weights(recipe.weights)
+    if recipe.outliers.are_split:
+        yield "outliers: float products beside the codes are untested in TensorRT"
+    yield from _of_activations(recipe.activations)
+    yield from _of_cache(recipe.kv_cache)
+
+
+def _of_weights(weights: "Weights") -> Iterator[str]:
+    if weights.bits != 4:
+        yield f"weights.bits = {weights.bits}: the GEMM plugin multiplies codes of 4 bits"
+    elif weights.down_proj_bits not in (None, 4):
+        yield (
+            f"weights.down_proj_bits = {weights.down_proj_bits}: the GEMM plugin multiplies codes "
+            "of 4 bits"
+        )
     if weights.bits < 16 and not weights.form.is_per_channel:
         yield "weights with groups or zero points: the GEMM plugin has a scale per output channel"
-    if activations.bits < 16:
-        if activations.mode != "symmetric":
-            yield f"activations.mode = {activations.mode}: no kernel writes zero points"
-        if activations.group_size:
-            size = activations.group_size
-            yield f"activations.group_size = {size}: a token has one scale in the plugins"
-        if activations.down_proj_bits not in (None, 4):
-            yield (
-                f"activations.down_proj_bits = {activations.down_proj_bits}: the GEMM plugin "
-                "multiplies codes of 4 bits"
-            )
-    if cache.bits < 16 and cache.mode != "asymmetric":
-        yield f"kv_cache.mode = {cache.mode}: the cache plugins write asymmetric codes"
-    if cache.bits < 16 and cache.group_size:
-        yield f"kv_cache.group_size = {cache.group_size}: a head has one scale in the plugins"
-    if weights.sparsity != "none":
+    if weights.bits < 16 and weights.sparsity != "none":
         yield "weights.sparsity: the GEMM plugin multiplies dense codes only"
+
+
+def _of_activations(activations: "Activations") -> Iterator[str]:
+    if activations.bits != 4:
+        yield f"activations.bits = {activations.bits}: the GEMM plugin multiplies codes of 4 bits"
+    if activations.bits == 16:
+        return
+    if activations.mode != "symmetric":
+        yield f"activations.mode = {activations.mode}: no kernel writes zero points"
+    if activations.group_size:
+        size = activations.group_size
+        yield f"activations.group_size = {size}: a token has one scale in the plugins"
+    if activations.down_proj_bits not in (None, 4):
+        yield (
+            f"activations.down_proj_bits = {activations.down_proj_bits}: the GEMM plugin "
+            "multiplies codes of 4 bits"
+        )
+
+
+def _of_cache(cache: "KvCache") -> Iterator[str]:
     if cache.bits < 16 and cache.io == "float":
         yield "kv_cache.io = float: a cache of rounded floats has no plugin"
     elif cache.bits != 4:
         yield f"kv_cache.bits = {cache.bits}: the cache plugins store codes of 4 bits"
+    if cache.bits < 16 and cache.mode != "asymmetric":
+        yield f"kv_cache.mode = {cache.mode}: the cache plugins write asymmetric codes"
+    if cache.bits < 16 and cache.group_size:
+        yield f"kv_cache.group_size = {cache.group_size}: a head has one scale in the plugins"

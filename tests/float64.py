@@ -99,7 +99,7 @@ _OPERATORS: Mapping[str, Callable[..., Array]] = {
     "Attention": _attention,
     "Concat": lambda attributes, *parts: np.concatenate(parts, axis=attributes["axis"]),
     "Constant": lambda attributes: np.array(attributes["value_ints"]),
-    "Gather": lambda _, table, ids: table[ids],
+    "Gather": lambda attributes, x, ids: np.take(x, ids, axis=attributes.get("axis", 0)),
     "Hadamard": _hadamard,
     "HadamardHeads": _hadamard_heads,
     "Transform": _transform,

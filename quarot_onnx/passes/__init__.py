@@ -30,6 +30,7 @@ from quarot_onnx.passes.quantize_weights import QuantizeWeightsPass
 from quarot_onnx.passes.search_clips import SearchClipsPass
 from quarot_onnx.passes.search_r1 import SearchR1Pass
 from quarot_onnx.passes.smooth_down_input import SmoothDownInputPass, scales_from_calibration
+from quarot_onnx.passes.split_outliers import SplitOutliersPass, largest_features
 from quarot_onnx.passes.untie_embeddings import untie_embeddings
 from quarot_onnx.recipe import Recipe
 from quarot_onnx.rotation import residual_rotations
@@ -63,16 +64,37 @@ def pipeline(
         passes.append(FuseNormScalePass(decoder))
     passes += _offline(recipe, decoder, calibration, transforms or Transforms())
     passes += _online(recipe, decoder, transforms or Transforms())
-    if (weights := recipe.weights).bits < 16:
-        if weights.is_calibrated and calibration is not None:
-            passes.append(
-                CalibrateWeightsPass(
-                    decoder, weights, calibration, journal=journal, progress=progress
-                )
-            )
-        else:
-            passes.append(QuantizeWeightsPass(decoder, **asdict(weights.form)))
+    passes += _of_weights(recipe, decoder, calibration, journal, progress)
     return passes + _quantize_activations(recipe, decoder, calibration, progress)
+
+
+def _of_weights(
+    recipe: Recipe,
+    decoder: Decoder,
+    calibration: Calibration | None,
+    journal: Journal | None,
+    progress: Progress | None,
+) -> Iterator[Pass]:
+    """What turns weights into codes, and keeps outlier features out of them."""
+    if (outliers := recipe.outliers).are_split and calibration is not None:
+        choose = partial(
+            largest_features,
+            decoder,
+            calibration,
+            share=outliers.share,
+            threshold=outliers.threshold,
+        )
+        yield SplitOutliersPass(decoder, choose)
+    weights = recipe.weights
+    if weights.bits == 16:
+        return
+    if weights.is_calibrated and calibration is not None:
+        yield CalibrateWeightsPass(
+            decoder, weights, calibration, journal=journal, progress=progress
+        )
+    else:
+        form = asdict(weights.form)
+        yield QuantizeWeightsPass(decoder, **form, down_proj_bits=weights.down_proj_bits)
 
 
 def _quantize_activations(
@@ -83,7 +105,7 @@ def _quantize_activations(
     quantized: list[QuantizeActivationsPass | QuantizeKvCachePass] = []
     searched: list[QuantizeActivationsPass | QuantizeKvCachePass] = []
     if (activations := recipe.activations).bits < 16:
-        choose, bits = roundings.of_activations, recipe.weights.bits
+        choose, bits = roundings.of_activations, recipe.weights.most_bits
         quantized.append(QuantizeActivationsPass(decoder, choose, weight_bits=bits))
         searched += quantized if activations.clip == "perplexity" else []
     if (cache := recipe.kv_cache).bits < 16:

@@ -20,7 +20,14 @@ from quarot_onnx import ops
 from quarot_onnx.calibration import Calibration, Journal, LayerRun, Progress, walk
 from quarot_onnx.decoder import Decoder, Linear
 from quarot_onnx.passes.base import Effect, Pass, Report
-from quarot_onnx.passes.quantize_weights import float_routers, hold_codes, stored
+from quarot_onnx.passes.quantize_weights import (
+    down_proj_detail,
+    down_projections,
+    float_routers,
+    hold_codes,
+    stored,
+)
+from quarot_onnx.quantizers.form import Form
 from quarot_onnx.quantizers.gptq import gptq, output_power
 from quarot_onnx.quantizers.grid import Codes, nearest
 from quarot_onnx.quantizers.pruning import Mask, mask_of, obr
@@ -47,6 +54,7 @@ class CalibrateWeightsPass(Pass):
     ) -> None:
         super().__init__(decoder)
         self.weights = weights
+        self._downs = down_projections(decoder)
         self.calibration = calibration
         self.journal = journal or Journal()
         self.progress = progress
@@ -69,7 +77,9 @@ class CalibrateWeightsPass(Pass):
                 if record["tokens"] < _FEW_TOKENS:
                     skipped.setdefault(_FEW, []).append(record["site"])
         sparsity = "" if self.weights.sparsity == "none" else f", {self.weights.sparsity} sparse"
-        detail = f"{self.weights.form.describe()}, {self.weights.method}{sparsity}"
+        form, down = self.weights.form, self.weights.down_proj_form
+        bits = f"{form.describe()}{down_proj_detail(down, form)}"
+        detail = f"{bits}, {self.weights.method}{sparsity}"
         return self.report(len(self.decoder.linears), detail, skipped, records)
 
     def _quantize(self, run: LayerRun) -> list[dict[str, Any]]:
@@ -86,14 +96,14 @@ class CalibrateWeightsPass(Pass):
         return records
 
     def _round(self, linear: Linear, hessian: Float64, tokens: int) -> dict[str, Any]:
-        weight, form = linear.weight.float64(), self.weights.form
+        weight, form = linear.weight.float64(), self._form(linear)
         few = tokens < _FEW_TOKENS
         keep = None
         if self.weights.sparsity != "none":
             seen = None if few or self.weights.method == "magnitude" else hessian
             keep = mask_of(weight, seen, self.weights.sparsity)
         plain = nearest(weight if keep is None else np.where(keep, weight, 0), form)
-        found = plain if few else self._made_up(weight, hessian, keep)
+        found = plain if few else self._made_up(weight, hessian, form, keep)
         self.journal.keep(linear.weight.name, found.codes)
         self.journal.keep(f"{linear.weight.name}_scale", found.scale)
         self.journal.keep(f"{linear.weight.name}_zero", found.zero)
@@ -108,14 +118,14 @@ class CalibrateWeightsPass(Pass):
             "rtn_snr_db": _snr_db(weight, plain, hessian, power),
         }
 
-    def _made_up(self, weight: Float64, hessian: Float64, keep: Mask | None) -> Codes:
+    def _made_up(self, weight: Float64, hessian: Float64, form: Form, keep: Mask | None) -> Codes:
         """Codes of which each makes up for the errors before it."""
         if keep is not None and self.weights.method == "obr":
-            return obr(weight, hessian, keep, self.weights.form, damping=self.weights.damping)
+            return obr(weight, hessian, keep, form, damping=self.weights.damping)
         return gptq(
             weight if keep is None else np.where(keep, weight, 0),
             hessian,
-            self.weights.form,
+            form,
             damping=self.weights.damping,
             block_size=self.weights.block_size,
             act_order=self.weights.act_order,
@@ -123,9 +133,13 @@ class CalibrateWeightsPass(Pass):
             keep=keep,
         )
 
+    def _form(self, linear: Linear) -> Form:
+        is_down = linear in self._downs
+        return self.weights.down_proj_form if is_down else self.weights.form
+
     def _hold(self, linear: Linear) -> None:
         """Put the journal's codes in the place of the linear's weight."""
-        name, form = linear.weight.name, self.weights.form
+        name, form = linear.weight.name, self._form(linear)
         groups = linear.in_features // form.rows(linear.in_features)
         tensors = stored(name, linear.weight.sizes, form, groups, self.journal.array)
         hold_codes(self.decoder, linear, tensors)

@@ -11,6 +11,7 @@ to another expert is not a rounding error.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -40,21 +41,36 @@ class QuantizeWeightsPass(Pass):
         clip_search: bool,
         symmetric: bool = True,
         group_size: int = 0,
+        down_proj_bits: int | None = None,
     ) -> None:
         super().__init__(decoder)
         self.form = Form(bits, symmetric, group_size, clip_search)
+        self.down_proj_form = replace(self.form, bits=down_proj_bits or bits)
 
     def rewrite(self) -> Report:
         """Quantize every linear of every layer."""
+        downs = down_projections(self.decoder)
         for linear in self.decoder.linears:
-            quantized = _lazily(linear, self.form)
+            form = self.down_proj_form if linear in downs else self.form
+            quantized = _lazily(linear, form)
             hold_codes(self.decoder, linear, quantized.tensors)
         ops.declare(self.decoder.model)
         return self.report(
             len(self.decoder.linears),
-            f"{self.form.describe()}, round to nearest",
+            f"{self.form.describe()}{down_proj_detail(self.down_proj_form, self.form)}, "
+            "round to nearest",
             float_routers(self.decoder),
         )
+
+
+def down_projections(decoder: Decoder) -> set[Linear]:
+    """The last linear of every feed-forward."""
+    return {mlp.down for layer in decoder.layers for mlp in layer.mlps}
+
+
+def down_proj_detail(down_proj: Form, form: Form) -> str:
+    """What a report adds where down_proj has bits of its own."""
+    return "" if down_proj == form else f" (down_proj {down_proj.bits})"
 
 
 def float_routers(decoder: Decoder) -> dict[str, list[str]]:

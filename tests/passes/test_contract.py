@@ -48,6 +48,9 @@ BUILD: dict[type[Pass], Callable[[Decoder], Pass]] = {
     package.InsertHeadsHadamardPass: lambda d: package.InsertHeadsHadamardPass(d, plan(4)),
     package.InsertR3Pass: lambda d: package.InsertR3Pass(d, plan(4)),
     package.InsertR4Pass: package.InsertR4Pass,
+    package.SplitOutliersPass: lambda d: package.SplitOutliersPass(
+        d, lambda: {linear.x.name or "": np.array([1, 3]) for linear in d.linears}
+    ),
     package.QuantizeWeightsPass: lambda d: package.QuantizeWeightsPass(d, bits=4, clip_search=True),
     package.QuantizeActivationsPass: lambda d: package.QuantizeActivationsPass(
         d, Roundings(d, Recipe(), None).of_activations, weight_bits=4
@@ -200,6 +203,7 @@ def test_the_passes_of_a_recipe_are_the_ones_it_names_in_the_order_of_the_paper(
         "InsertHeadsHadamard": recipe.rotations.heads,
         "InsertR3": recipe.rotations.r3,
         "InsertR4": recipe.rotations.r4,
+        "SplitOutliers": recipe.outliers.are_split,
         "QuantizeWeights": recipe.weights.bits < 16 and not recipe.weights.is_calibrated,
         "CalibrateWeights": recipe.weights.bits < 16 and recipe.weights.is_calibrated,
         "QuantizeActivations": recipe.activations.bits < 16,
