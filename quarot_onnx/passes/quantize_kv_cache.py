@@ -196,4 +196,4 @@ class QuantizeKvCachePass(Pass):
 def _named(site: Site, operator: str) -> str:
     """``/model/layers.0/self_attn/KvAppend_key``."""
     module, _, kind = site.name.rpartition("/")
-    return f"{module}/{operator}_{kind}"
+    return f"{module}/{operator}_{kind.removeprefix('cached_')}"
