@@ -380,6 +380,9 @@ def _head_parts(fused: Fused) -> Iterator[tuple[ir.Node, int, Rows]]:
         return
     if split.attributes["axis"].as_int() not in (-1, 3):
         return
+    readers = {user.op_type for output in split.outputs for user, _ in output.uses()}
+    if readers == {"Mul"}:  # RoPE: halves of a head that are turned into each other
+        return
     start = 0
     for position, output in enumerate(split.outputs):
         assert output.shape is not None
