@@ -83,7 +83,13 @@ def canonicalize(model: ir.Model) -> None:
 
 
 def _module(node: ir.Node) -> str:
-    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    """The innermost module of `node`; of one that the optimizer made, that of its first reader."""
+    held = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    if held is None:
+        readers = (user for output in node.outputs for user, _ in output.uses())
+        reader = next(readers, None)
+        return "" if reader is None else _module(reader)
+    scopes = ast.literal_eval(held)
     paths = [scope for scope in scopes if scope.startswith("model.")]
     return paths[-1].removeprefix("model.") if paths else ""
 

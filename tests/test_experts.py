@@ -69,7 +69,7 @@ def test_every_token_visits_as_many_experts_as_its_router_chooses(
     """The work follows the routing: rows are neither repeated nor masked, and may be none."""
     model = ir.external_data.load_to_model(ir.load(exported(family, "rotate-only") / "model.onnx"))
     groups = [n for n in model.graph if n.op_type == "Split" and "gate_up_proj" in (n.name or "")]
-    assert len(groups) == {"mixtral": 3, "qwen2-moe": 1, "qwen3-moe": 2}[family]
+    assert len(groups) == {"mixtral": 3, "qwen2-moe": 1, "qwen3-moe": 2, "gpt-oss": 3}[family]
     model.graph.outputs.extend(groups[0].outputs)
     ids = TOKENS.reshape(1, -1)[:, :tokens]
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
@@ -92,7 +92,7 @@ def test_rows_are_quantized_once_for_all_experts(exported: Exported, family) -> 
     artifact = exported(family, "w4a4kv4")
     model = ir.load(artifact / "model.onnx")
     quantized = [n.name for n in model.graph if n.op_type == "QuantizeInt4"]
-    layer = {"mixtral": 0, "qwen2-moe": 1, "qwen3-moe": 0}[family]
+    layer = 1 if family == "qwen2-moe" else 0
     experts = f"/model/layers.{layer}/mlp/experts"
     assert [name for name in quantized if name.startswith(experts)] == [
         f"{experts}/QuantizeInt4",
@@ -108,13 +108,14 @@ def test_routers_stay_float_and_the_report_says_so(exported: Exported, family) -
     artifact = exported(family, "w4a4kv4")
     reports = {report["name"]: report for report in load_manifest(artifact)["passes"]}
     routers = reports["QuantizeWeights"]["skipped"]["routers stay float"]
-    layer = {"mixtral": 0, "qwen2-moe": 1, "qwen3-moe": 0}[family]
-    assert f"/model/layers.{layer}/mlp/gate/MatMul" in routers
+    layer = 1 if family == "qwen2-moe" else 0
+    router = "router" if family == "gpt-oss" else "gate"
+    assert f"/model/layers.{layer}/mlp/{router}/MatMul" in routers
     rows = {row.name: row for row in inspect(artifact).linears if row.layer == layer}
-    assert rows["mlp.gate"].weight_bits == 32
+    assert rows[f"mlp.{router}"].weight_bits == 32
     expert = rows["mlp.experts.3.down_proj"]
     assert (expert.weight_bits, expert.activation_bits) == (4, 4)
-    assert expert.rotation == "44 x 4" if family == "mixtral" else "20 x 2"
+    assert expert.rotation == ("44 x 4" if family in ("mixtral", "gpt-oss") else "20 x 2")
 
 
 def test_the_plan_counts_experts(hugging_face: HuggingFace) -> None:
