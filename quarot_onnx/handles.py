@@ -295,6 +295,14 @@ class Attention:
     num_kv_heads: int
     head_dim: int
 
+    def cache_site(self, kind: str) -> str:
+        """What the keys (``key``) or values (``value``) that enter the cache are called.
+
+        ``/model/layers.0/self_attn/cached_key``: no module has such a name, where ``key`` is a
+        linear of GPT-NeoX.
+        """
+        return f"{(self.node.name or '').rpartition('/')[0]}/cached_{kind}"
+
 
 @dataclass(frozen=True, eq=False)
 class Mlp:

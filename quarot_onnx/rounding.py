@@ -58,8 +58,7 @@ class Site:
 
     Attributes:
         layer: the index of its layer.
-        name: the module of the first linear that reads it, or the attention's with ``/key`` or
-            ``/value``.
+        name: the module of the first linear that reads it, or `Attention.cache_site`.
         readers: the modules of all linears that read it; of the cache, the name alone.
         kind: ``qkv``, ``o_proj``, ``gate_up``, ``down_proj``, ``keys`` or ``values``.
         value: what the graph holds.
@@ -178,18 +177,13 @@ def cache_sites(decoder: Decoder, cache: KvCache) -> list[Site]:
         size = _head_group_size(cache.group_size, attention)
         rounding = Rounding(cache.bits, cache.mode == "symmetric", cache.clip_ratio, size)
         for append, kind in ((attention.key_append, "key"), (attention.value_append, "value")):
-            name = cache_site_name(attention, kind)
+            name = attention.cache_site(kind)
             new = append.inputs[1]
             assert new is not None
             sites.append(
                 Site(layer.index, name, (name,), f"{kind}s", new, attention.head_dim, rounding)
             )
     return sites
-
-
-def cache_site_name(attention: Attention, kind: str) -> str:
-    """The name of the keys' (``key``) or values' (``value``) site."""
-    return f"{(attention.node.name or '').rpartition('/')[0]}/{kind}"
 
 
 def _head_group_size(asked: int, attention: Attention) -> int:

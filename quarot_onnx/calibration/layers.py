@@ -115,16 +115,15 @@ class LayerRun:
         """What a quantizer would round, by name, in the order of computation.
 
         Inputs of linears by the linear's module (``/model/layers.0/mlp/down_proj``); linears that
-        share an input name the same value. New keys and values, as they enter the cache, by the
-        attention's module with ``/key`` and ``/value``.
+        share an input name the same value. New keys and values, as they enter the cache, by
+        `Attention.cache_site`.
         """
         attention = self.layer.attention
-        module = (attention.node.name or "").rpartition("/")[0]
         found = {linear.module: linear.x for linear in self.layer.linears}
         for append, kind in ((attention.key_append, "key"), (attention.value_append, "value")):
             new = append.inputs[0 if append.domain == ops.DOMAIN else 1]
             assert new is not None
-            found[f"{module}/{kind}"] = new
+            found[attention.cache_site(kind)] = new
         return found
 
     def capture(self, values: Mapping[str, ir.Value]) -> Iterator[dict[str, Float32]]:

@@ -22,7 +22,7 @@ from quarot_onnx import ops
 from quarot_onnx.decoder import Attention, Decoder
 from quarot_onnx.errors import UnsupportedModelError
 from quarot_onnx.passes.base import Effect, Pass, Report
-from quarot_onnx.rounding import Choice, Quantizer, Site, cache_site_name
+from quarot_onnx.rounding import Choice, Quantizer, Site
 
 CacheForm = Literal["packed", "float"]
 
@@ -63,7 +63,7 @@ class QuantizeKvCachePass(Pass):
         sites = {site.name: site for site in choice.sites}
         for layer in self.decoder.layers:
             attention = layer.attention
-            by_kind = {kind: sites[cache_site_name(attention, kind)] for kind in ("key", "value")}
+            by_kind = {kind: sites[attention.cache_site(kind)] for kind in ("key", "value")}
             if self.form == "float":
                 self._fake_quantize(attention.key_append, by_kind["key"])
                 self._fake_quantize(attention.value_append, by_kind["value"])
@@ -198,4 +198,4 @@ class QuantizeKvCachePass(Pass):
 def _named(site: Site, operator: str) -> str:
     """``/model/layers.0/self_attn/KvAppend_key``."""
     module, _, kind = site.name.rpartition("/")
-    return f"{module}/{operator}_{kind}"
+    return f"{module}/{operator}_{kind.removeprefix('cached_')}"

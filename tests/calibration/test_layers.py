@@ -99,8 +99,18 @@ def test_keys_and_values_are_captured_token_by_token(
     (found,) = run.capture(run.sites)
     attention = run.layer.attention
     value = found[attention.v.module] @ attention.v.weight.float64()
-    assert _close(found["/model/layers.0/self_attn/value"], value, 1e-5)
-    assert found["/model/layers.0/self_attn/key"].shape == value.shape
+    assert _close(found["/model/layers.0/self_attn/cached_value"], value, 1e-5)
+    assert found["/model/layers.0/self_attn/cached_key"].shape == value.shape
+
+
+def test_keys_and_values_have_names_that_no_linear_has(
+    traced_once: None, hugging_face: HuggingFace
+) -> None:
+    decoder = _decoder(hugging_face, "gpt-neox", "float", "float32")  # a linear is called key
+    run = next(walk(decoder, CALIBRATION))
+    assert len(run.sites) == len(run.layer.linears) + 2
+    key = run.layer.attention.k
+    assert run.sites[key.module] is key.x
 
 
 def test_levels_follow_the_data(traced_once: None, hugging_face: HuggingFace) -> None:

@@ -52,8 +52,8 @@ def test_golden_in_groups() -> None:
     report = _quantize(decoder, bits=3, mode="symmetric", group_size=2)()
     assert_golden("quantize_kv_cache_groups", before, text(decoder.model))
     assert report.records[0] == {
-        "site": "/layers.0/key",
-        "readers": ["/layers.0/key"],
+        "site": "/layers.0/cached_key",
+        "readers": ["/layers.0/cached_key"],
         "kind": "keys",
         "bits": 3,
         "symmetric": True,
