@@ -61,6 +61,8 @@ _EXPERTS = {
     "qwen2_moe": _ExpertKeys("moe_intermediate_size", "shared_expert_intermediate_size"),
     "qwen3_moe": _ExpertKeys("moe_intermediate_size"),
 }
+TRANSPOSED_STACKS = ("gpt_oss",)
+"""Whose stacks of experts are [E, in, out]; those of others are [E, out, in]."""
 _NUM_EXPERTS = ("num_local_experts", "num_experts")
 _LIMIT = 1 << 24
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")

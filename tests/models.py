@@ -88,7 +88,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Name -> configuration class and what differs from the common small shape."""
 
 EXPERT_FAMILIES = ("mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss")
-"""Mixtures of experts, the second with a shared expert, the last two with dense layers too."""
+"""Mixtures of experts; the second has a shared expert, the second and third dense layers too."""
 
 LLAMA_FAMILIES = ("llama", "llama-tied", "mistral-sliding", "qwen2-biases", "qwen3-head-dim")
 """Those for which the PyTorch model of an artifact's codes is written."""

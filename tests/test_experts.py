@@ -133,6 +133,16 @@ def test_the_plan_counts_experts(hugging_face: HuggingFace) -> None:
     assert found.weight_bytes == codes // 2 + 4 * scales
 
 
+def test_the_plan_counts_stacks_that_are_read_by_columns(hugging_face: HuggingFace) -> None:
+    found = forecast(Checkpoint(hugging_face("gpt-oss")), load_recipe("w4a4kv4"), "float32")
+    codes = 2 * 96 * 128 + 2 * 96 * 64 + 5 * (96 * 352 + 176 * 96)
+    scales = 128 + 2 * 64 + 96 + 5 * (352 + 96)
+    assert found.weight_bytes == 3 * (codes // 2 + 4 * scales)
+    vectors = 96 + 3 * (2 * 96 + 128 + 2 * 64 + 96 + 4 + 5)  # norms, biases, sinks, the router's
+    biases_of_experts = 3 * 5 * (352 + 96)
+    assert found.float_bytes == 4 * (2 * 128 * 96 + vectors + biases_of_experts + 3 * 5 * 96)
+
+
 def test_the_plan_shows_what_each_policy_costs(tmp_path: Path) -> None:
     options = {"moe_intermediate_size": 42, "hidden_size": 96}
     source = models.save(models.build("qwen3-moe", **options), tmp_path / "hf")
