@@ -21,6 +21,7 @@ SUPPORTED = (
     "gemma2",
     "gemma3_text",
     "gpt_neox",
+    "gpt_oss",
     "llama",
     "mistral",
     "mixtral",
@@ -40,7 +41,7 @@ LLAMA_MODULES = ("llama", "mistral", "qwen2", "qwen3")
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _INTERMEDIATE_SIZE = ("ffn_dim", "intermediate_size")
 _ACTIVATION = ("hidden_activation", "hidden_act", "activation_function")
-_HEAD_DIM = {"gemma2": 256, "gemma3_text": 256, "qwen3": 128}
+_HEAD_DIM = {"gemma2": 256, "gemma3_text": 256, "gpt_oss": 64, "qwen3": 128}
 """What transformers assumes where config.json does not say; others divide hidden_size by heads."""
 _POST_NORMS = {"gemma2": 2, "gemma3_text": 2}
 """Norms behind the writers of a layer, whose scale nothing can take over."""
@@ -55,10 +56,13 @@ class _ExpertKeys:
 
 
 _EXPERTS = {
+    "gpt_oss": _ExpertKeys("intermediate_size"),
     "mixtral": _ExpertKeys("intermediate_size"),
     "qwen2_moe": _ExpertKeys("moe_intermediate_size", "shared_expert_intermediate_size"),
     "qwen3_moe": _ExpertKeys("moe_intermediate_size"),
 }
+TRANSPOSED_STACKS = ("gpt_oss",)
+"""Whose stacks of experts are [E, in, out]; those of others are [E, out, in]."""
 _NUM_EXPERTS = ("num_local_experts", "num_experts")
 _LIMIT = 1 << 24
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")

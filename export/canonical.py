@@ -83,7 +83,13 @@ def canonicalize(model: ir.Model) -> None:
 
 
 def _module(node: ir.Node) -> str:
-    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    """The innermost module of `node`; of one that the optimizer made, that of its first reader."""
+    held = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    if held is None:
+        readers = (user for output in node.outputs for user, _ in output.uses())
+        reader = next(readers, None)
+        return "" if reader is None else _module(reader)
+    scopes = ast.literal_eval(held)
     paths = [scope for scope in scopes if scope.startswith("model.")]
     return paths[-1].removeprefix("model.") if paths else ""
 
@@ -379,6 +385,9 @@ def _head_parts(fused: Fused) -> Iterator[tuple[ir.Node, int, Rows]]:
     if tuple(transpose.attributes["perm"].as_ints()) != (0, 2, 1, 3):
         return
     if split.attributes["axis"].as_int() not in (-1, 3):
+        return
+    readers = {user.op_type for output in split.outputs for user, _ in output.uses()}
+    if readers == {"Mul"}:  # RoPE: halves of a head that are turned into each other
         return
     start = 0
     for position, output in enumerate(split.outputs):

@@ -2,11 +2,13 @@
 """From markers to standard ONNX: the float model that every later stage starts from.
 
 ``KvAppend(past, new)`` becomes ``Concat`` along tokens, ``KvAttention`` becomes opset 23's
-``Attention`` with a boolean mask, and the float parts get the dtype that was asked for.
+``Attention`` with a boolean mask (with sinks, for which ONNX has no operator, the function
+``AttentionSinks`` of `quarot_onnx.ops`), and the float parts get the dtype that was asked for.
 """
 
 import onnx_ir as ir
 
+from quarot_onnx import ops
 from quarot_onnx.export.trace import MARKER_DOMAIN
 
 
@@ -17,6 +19,10 @@ def lower_markers(model: ir.Model) -> None:
             continue
         if node.op_type == "KvAppend":
             replacement = ir.node("Concat", list(node.inputs), {"axis": 2})
+        elif len(node.inputs) == 5:
+            given = [v for v in node.inputs if v is not None]
+            scale = node.attributes["scale"].as_float()
+            replacement = ops.node("AttentionSinks", given, {"scale": scale}, at="")
         else:
             softcap = node.attributes["softcap"].as_float()
             attributes = {"scale": node.attributes["scale"].as_float()}
@@ -32,6 +38,7 @@ def lower_markers(model: ir.Model) -> None:
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
     model.graph.opset_imports.pop(MARKER_DOMAIN, None)
+    ops.declare(model)
 
 
 def set_float_dtype(model: ir.Model, dtype: ir.DataType) -> None:

@@ -6,7 +6,7 @@ one. Hooks turn what differs between modelling files into three marker operators
 ``quarot::KvAppend``, ``quarot::KvAttention``, which every model calls after RoPE with
 un-repeated K and V, and ``quarot::GroupedLinear``:
 
-* the attention interface emits ``KvAttention(q, k, v, mask)``,
+* the attention interface emits ``KvAttention(q, k, v, mask)``, with the sinks of heads behind it,
 * the cache layer's ``update`` emits ``KvAppend(past, new)``,
 * the mask interface always builds the boolean mask, so that causality is in the graph,
 * the experts interface sorts tokens by expert and emits ``GroupedLinear(x, weights, counts)``.
@@ -63,9 +63,11 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """HF's attention interface: q [B, Hq, S, D], k and v [B, Hkv, T, D] -> [B, S, Hq, D]."""
-    if kwargs.get("s_aux") is not None:
+    sinks = kwargs.get("s_aux")
+    if sinks is not None and softcap:
         raise UnsupportedModelError(
-            f"{type(module).__name__}: attention sinks are not supported; choose a model without"
+            f"{type(module).__name__}: attention sinks together with a softcap are not supported; "
+            "choose a model without one of them"
         )
     if attention_mask is None:
         raise UnsupportedModelError(
@@ -75,7 +77,7 @@ def _attention(
     # torch.onnx.ops.symbolic takes the dtype of its last tensor from us: q, k, v share theirs.
     output = torch.onnx.ops.symbolic(
         f"{MARKER_DOMAIN}::KvAttention",
-        [query, key, value, attention_mask],
+        [query, key, value, attention_mask, *([] if sinks is None else [sinks])],
         {
             "scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling),
             "softcap": float(softcap or 0.0),

@@ -325,7 +325,7 @@ def _written(value: ir.Value | None, where: ir.Node) -> Linear:
 
 def _layers(model: ir.Model, stream: _ResidualStream) -> Iterator[Layer]:
     """Pair each attention with the feed-forward of its layer, in the order of the stream."""
-    nodes = [node for node in model.graph if node.op_type == "Attention"]
+    nodes = [node for node in model.graph if node.op_type in _ATTENTIONS]
     readers = {linear.node: linear for norm in stream.norms[:-1] for linear in norm.readers}
     writers = {writer.linear.node: writer.linear for writer in stream.writers}
     attentions = [_attention(node, readers, writers) for node in nodes]
@@ -442,7 +442,8 @@ def _attention(
 
 
 _BIAS_OPS = frozenset({"Add"}) | _SHAPE_OPS
-_UNFUSED_ROPE = frozenset({"Mul", "Neg", "Slice", "Concat"})  # scaled, as in YaRN
+_ATTENTIONS = frozenset({"Attention", "AttentionSinks"})
+_UNFUSED_ROPE = frozenset({"Mul", "Neg", "Sub", "Split", "Slice", "Concat"})  # scaled, as in YaRN
 _ROPE_OPS = frozenset({"RotaryEmbedding", "RMSNormalization"}) | _UNFUSED_ROPE | _BIAS_OPS
 
 

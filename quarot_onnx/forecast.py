@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from quarot_onnx.export.architectures import Dimensions, FeedForward, check_config, dimensions
+from quarot_onnx.export.architectures import (
+    TRANSPOSED_STACKS,
+    Dimensions,
+    FeedForward,
+    check_config,
+    dimensions,
+)
 from quarot_onnx.export.checkpoint import Checkpoint
 from quarot_onnx.hadamard import Plan, Policy, plan
 from quarot_onnx.ops import PACKED_BITS
@@ -136,14 +142,17 @@ def forecast(checkpoint: Checkpoint, recipe: Recipe, dtype: str) -> Forecast:
 
 def _matrices(checkpoint: Checkpoint) -> Iterator[tuple[int, int]]:
     """[out, in] of every matrix of a layer; of stacks, of each expert."""
+    is_transposed = checkpoint.config["model_type"] in TRANSPOSED_STACKS
     for name, entry in checkpoint.tensors.items():
         if ".layers." in name and len(entry.shape) in (2, 3):
             *stack, rows, columns = entry.shape
+            if stack and is_transposed:
+                rows, columns = columns, rows
             yield from [(rows, columns)] * _count(tuple(stack))
 
 
 def _is_router(shape: tuple[int, int], sizes: Dimensions) -> bool:
-    """Whether a matrix says which experts a token visits, or what the shared one counts."""
+    """Whether a matrix stays float: a router, the gate of a shared expert, a stack of biases."""
     return bool(sizes.num_experts) and shape[0] in (1, sizes.num_experts)
 
 

@@ -274,7 +274,8 @@ class Attention:
     """Attention of one layer: the nodes between the q/k/v linears and o_proj.
 
     Attributes:
-        node: the ``Attention`` operator; inputs q [B, Hq, S, D], k and v [B, Hkv, T, D], mask.
+        node: ``Attention``, or ``AttentionSinks`` with one input more, the sinks [Hq]; inputs
+            q [B, Hq, S, D], k and v [B, Hkv, T, D], mask.
         key_append: ``Concat(past, new)`` of the key cache.
         value_append: the same of the value cache.
         q, k, v, o: the linears.

@@ -196,6 +196,24 @@ class TransformHeads(OpRun):
         return ((a.T @ folded).reshape(x.shape),)
 
 
+class AttentionSinks(OpRun):
+    """Attention with sinks in q's dtype, see `quarot_onnx.ops.attention_sinks`."""
+
+    op_domain = DOMAIN
+
+    def _run(
+        self, q: Array, key: Array, value: Array, mask: Array, sinks: Array, scale: float, **_: Any
+    ) -> tuple[Array]:
+        grouped = q.reshape(len(q), key.shape[1], -1, *q.shape[2:])
+        scores = scale * (grouped @ key[:, :, None].swapaxes(-1, -2))
+        scores = np.where(mask[:, :, None], scores, np.finfo(q.dtype).min)
+        sink = sinks.reshape(key.shape[1], -1, 1, 1)
+        largest = np.maximum(scores.max(axis=-1, keepdims=True), sink)
+        weights = np.exp(scores - largest)
+        total = weights.sum(axis=-1, keepdims=True) + np.exp(sink - largest)
+        return ((weights / total @ value[:, :, None]).reshape(q.shape).astype(q.dtype),)
+
+
 _FLOATS = frozenset(
     {
         onnx.TensorProto.FLOAT,
@@ -215,4 +233,5 @@ def _operators(dtype: Any) -> list[type[OpRun]]:
             target = dtype if to in _FLOATS else onnx.helper.tensor_dtype_to_np_dtype(to)
             return (x.astype(target),)
 
-    return [Cast, Gather, Hadamard, HadamardHeads, MatMul, Transform, TransformHeads]
+    ours = [AttentionSinks, Hadamard, HadamardHeads, Transform, TransformHeads]
+    return [Cast, Gather, MatMul, *ours]

@@ -217,6 +217,7 @@ def kv_attention(
     value_scale: Float32,
     value_zero: Float32,
     mask: NDArray[np.bool_],
+    sinks: Array | None = None,
     *,
     scale: float,
     softcap: float = 0.0,
@@ -226,19 +227,44 @@ def kv_attention(
 
     Query head h reads cache head ``h // (Hq / H)``; mask [B, 1, S, T] is true where a query may
     look. A softcap c other than 0 bounds the scores s, before the mask, to ``c tanh(s / c)``.
+    A head with a sink (sinks [Hq]) has one score more in its softmax, whose value is zero.
     """
     if bits <= PACKED_BITS:
         key, value = unpack_kv(key), unpack_kv(value)
     k = (key.astype(np.float32) - key_zero) * key_scale
     v = (value.astype(np.float32) - value_zero) * value_scale
+    return _attend(q, k, v, mask, sinks, scale, softcap)
+
+
+def attention_sinks(
+    q: Array, key: Array, value: Array, mask: NDArray[np.bool_], sinks: Array, *, scale: float
+) -> Array:
+    """`kv_attention` with sinks over a float cache: key and value [B, H, T, D]."""
+    return _attend(q, key.astype(np.float32), value.astype(np.float32), mask, sinks, scale, 0.0)
+
+
+def _attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: NDArray[np.bool_],
+    sinks: Array | None,
+    scale: float,
+    softcap: float,
+) -> Array:
     batch, _, length, size = q.shape
     grouped = q.astype(np.float32).reshape(batch, k.shape[1], -1, length, size)
     scores = np.float32(scale) * grouped @ k[:, :, None].swapaxes(-1, -2)
     if softcap:
         scores = np.float32(softcap) * np.tanh(scores / np.float32(softcap))
     scores = np.where(mask[:, :, None], scores, np.float32(_MASKED))
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
+    largest, rest = scores.max(axis=-1, keepdims=True), np.float32(0)
+    if sinks is not None:
+        column = sinks.astype(np.float32).reshape(1, k.shape[1], -1, 1, 1)
+        largest = np.maximum(largest, column)
+        rest = np.exp(column - largest)
+    weights = np.exp(scores - largest)
+    weights /= weights.sum(axis=-1, keepdims=True) + rest
     output: Array = (weights @ v[:, :, None]).reshape(q.shape).astype(q.dtype)
     return output
 
@@ -505,13 +531,26 @@ _SOFTCAP = """
 """
 
 
-def _attention_body(dots: str, output: str, *, has_softcap: bool = False) -> str:
-    """Attention over codes: zero points and scales act on the small score matrix, not on the cache.
+_SOFTMAX = """
+    weights_by_query = Softmax <axis = -1> (masked)
+"""
 
-    ``q · ((code - zero) * scale) = (q · code - zero * sum(q)) * scale``, and likewise for V. The
-    queries that read one cache head are the rows of one product: [B, H, G * S, D] with G = Hq / H.
-    """
-    return f"""
+_SOFTMAX_WITH_SINKS = """
+    sink_shape = Constant <value_ints = [-1, 1, 1]> ()
+    sinks32 = Cast <to = 1> (sinks)
+    sink_column = Reshape (sinks32, sink_shape)
+    row_maximum = ReduceMax <keepdims = 1> (masked, last)
+    maximum = Max (row_maximum, sink_column)
+    shifted = Sub (masked, maximum)
+    powers = Exp (shifted)
+    row_sum = ReduceSum <keepdims = 1> (powers, last)
+    sink_shifted = Sub (sink_column, maximum)
+    sink_power = Exp (sink_shifted)
+    total = Add (row_sum, sink_power)
+    weights_by_query = Div (powers, total)
+"""
+
+_GROUPED_QUERIES = f"""
     last = Constant <value_ints = [-1]> ()
     softmax_scale = Constant <value_float: float = @scale> ()
     masked_score = Constant <value_float = {_MASKED}> ()
@@ -522,6 +561,38 @@ def _attention_body(dots: str, output: str, *, has_softcap: bool = False) -> str
     any_rows_same_columns = Constant <value_ints = [-1, 0]> ()
     grouped_shape = Concat <axis = 0> (same_batch, heads, any_rows_same_columns)
     grouped = Reshape (scaled_query, grouped_shape)
+"""
+
+_MASKED_SCORES = """
+    query_rows = Shape <end = 3> (q)
+    score_shape = Concat <axis = 0> (query_rows, last)
+    scores_by_query = Reshape (scores, score_shape)
+    masked = Where (mask, scores_by_query, masked_score)
+"""
+
+_ATTENTION_SINKS = f"""
+    {_GROUPED_QUERIES}
+    {_DOTS.replace("dots =", "scores =")}
+    {_MASKED_SCORES}
+    {_SOFTMAX_WITH_SINKS}
+    scaled_weights = Reshape (weights_by_query, grouped_shape)
+    {_OUTPUT}
+    shape = Shape (q)
+    y32 = Reshape (coded_output, shape)
+    y = CastLike (y32, q)
+"""
+
+
+def _attention_body(
+    dots: str, output: str, *, has_softcap: bool = False, softmax: str = _SOFTMAX
+) -> str:
+    """Attention over codes: zero points and scales act on the small score matrix, not on the cache.
+
+    ``q · ((code - zero) * scale) = (q · code - zero * sum(q)) * scale``, and likewise for V. The
+    queries that read one cache head are the rows of one product: [B, H, G * S, D] with G = Hq / H.
+    """
+    return f"""
+    {_GROUPED_QUERIES}
     {dots}
     row = Constant <value_ints = [0, 0, 1, -1]> ()
     query_sum = ReduceSum <keepdims = 1> (grouped, last)
@@ -531,11 +602,8 @@ def _attention_body(dots: str, output: str, *, has_softcap: bool = False) -> str
     centred = Sub (dots, zero_share)
     {"plain_scores" if has_softcap else "scores"} = Mul (centred, key_scale_row)
     {_SOFTCAP if has_softcap else ""}
-    query_rows = Shape <end = 3> (q)
-    score_shape = Concat <axis = 0> (query_rows, last)
-    scores_by_query = Reshape (scores, score_shape)
-    masked = Where (mask, scores_by_query, masked_score)
-    weights_by_query = Softmax <axis = -1> (masked)
+    {_MASKED_SCORES}
+    {softmax}
     weights = Reshape (weights_by_query, grouped_shape)
     value_scale_row = Reshape (value_scale, row)
     scaled_weights = Mul (weights, value_scale_row)
@@ -744,6 +812,30 @@ OPERATORS: Mapping[str, Operator] = {
                 kv_dequantize,
             )
             for suffix in ("", "Int8")
+        ),
+        Operator(
+            "KvAttentionSinks",
+            (*_ATTENTION_INPUTS, "sinks"),
+            ("y",),
+            {"scale": float},
+            _attention_body(_PACKED_DOTS, _PACKED_OUTPUT, softmax=_SOFTMAX_WITH_SINKS),
+            kv_attention,
+        ),
+        Operator(
+            "KvAttentionSinksInt8",
+            (*_ATTENTION_INPUTS, "sinks"),
+            ("y",),
+            {"scale": float},
+            _attention_body(_DOTS, _OUTPUT, softmax=_SOFTMAX_WITH_SINKS),
+            kv_attention,
+        ),
+        Operator(
+            "AttentionSinks",
+            ("q", "key", "value", "mask", "sinks"),
+            ("y",),
+            {"scale": float},
+            _ATTENTION_SINKS,
+            attention_sinks,
         ),
     )
 }

@@ -76,11 +76,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "mlp_only_layers": [1],
     },
+    "gpt-oss": {
+        "config": transformers.GptOssConfig,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "head_dim": 32,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
 }
 """Name -> configuration class and what differs from the common small shape."""
 
-EXPERT_FAMILIES = ("mixtral", "qwen2-moe", "qwen3-moe")
-"""Mixtures of experts, the second with a shared expert, the last two with dense layers too."""
+EXPERT_FAMILIES = ("mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss")
+"""Mixtures of experts; the second has a shared expert, the second and third dense layers too."""
 
 LLAMA_FAMILIES = ("llama", "llama-tied", "mistral-sliding", "qwen2-biases", "qwen3-head-dim")
 """Those for which the PyTorch model of an artifact's codes is written."""

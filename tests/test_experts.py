@@ -69,7 +69,7 @@ def test_every_token_visits_as_many_experts_as_its_router_chooses(
     """The work follows the routing: rows are neither repeated nor masked, and may be none."""
     model = ir.external_data.load_to_model(ir.load(exported(family, "rotate-only") / "model.onnx"))
     groups = [n for n in model.graph if n.op_type == "Split" and "gate_up_proj" in (n.name or "")]
-    assert len(groups) == {"mixtral": 3, "qwen2-moe": 1, "qwen3-moe": 2}[family]
+    assert len(groups) == {"mixtral": 3, "qwen2-moe": 1, "qwen3-moe": 2, "gpt-oss": 3}[family]
     model.graph.outputs.extend(groups[0].outputs)
     ids = TOKENS.reshape(1, -1)[:, :tokens]
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
@@ -92,7 +92,7 @@ def test_rows_are_quantized_once_for_all_experts(exported: Exported, family) -> 
     artifact = exported(family, "w4a4kv4")
     model = ir.load(artifact / "model.onnx")
     quantized = [n.name for n in model.graph if n.op_type == "QuantizeInt4"]
-    layer = {"mixtral": 0, "qwen2-moe": 1, "qwen3-moe": 0}[family]
+    layer = 1 if family == "qwen2-moe" else 0
     experts = f"/model/layers.{layer}/mlp/experts"
     assert [name for name in quantized if name.startswith(experts)] == [
         f"{experts}/QuantizeInt4",
@@ -108,13 +108,14 @@ def test_routers_stay_float_and_the_report_says_so(exported: Exported, family) -
     artifact = exported(family, "w4a4kv4")
     reports = {report["name"]: report for report in load_manifest(artifact)["passes"]}
     routers = reports["QuantizeWeights"]["skipped"]["routers stay float"]
-    layer = {"mixtral": 0, "qwen2-moe": 1, "qwen3-moe": 0}[family]
-    assert f"/model/layers.{layer}/mlp/gate/MatMul" in routers
+    layer = 1 if family == "qwen2-moe" else 0
+    router = "router" if family == "gpt-oss" else "gate"
+    assert f"/model/layers.{layer}/mlp/{router}/MatMul" in routers
     rows = {row.name: row for row in inspect(artifact).linears if row.layer == layer}
-    assert rows["mlp.gate"].weight_bits == 32
+    assert rows[f"mlp.{router}"].weight_bits == 32
     expert = rows["mlp.experts.3.down_proj"]
     assert (expert.weight_bits, expert.activation_bits) == (4, 4)
-    assert expert.rotation == "44 x 4" if family == "mixtral" else "20 x 2"
+    assert expert.rotation == ("44 x 4" if family in ("mixtral", "gpt-oss") else "20 x 2")
 
 
 def test_the_plan_counts_experts(hugging_face: HuggingFace) -> None:
@@ -130,6 +131,16 @@ def test_the_plan_counts_experts(hugging_face: HuggingFace) -> None:
     codes = attention + 2 * 3 * 96 * 176 + 8 * 3 * 96 * 40 + 3 * 96 * 48
     scales = 3 * (96 * 2 + 48 * 2) + 2 * (2 * 176 + 96) + 8 * (2 * 40 + 96) + 2 * 48 + 96
     assert found.weight_bytes == codes // 2 + 4 * scales
+
+
+def test_the_plan_counts_stacks_that_are_read_by_columns(hugging_face: HuggingFace) -> None:
+    found = forecast(Checkpoint(hugging_face("gpt-oss")), load_recipe("w4a4kv4"), "float32")
+    codes = 2 * 96 * 128 + 2 * 96 * 64 + 5 * (96 * 352 + 176 * 96)
+    scales = 128 + 2 * 64 + 96 + 5 * (352 + 96)
+    assert found.weight_bytes == 3 * (codes // 2 + 4 * scales)
+    vectors = 96 + 3 * (2 * 96 + 128 + 2 * 64 + 96 + 4 + 5)  # norms, biases, sinks, the router's
+    biases_of_experts = 3 * 5 * (352 + 96)
+    assert found.float_bytes == 4 * (2 * 128 * 96 + vectors + biases_of_experts + 3 * 5 * 96)
 
 
 def test_the_plan_shows_what_each_policy_costs(tmp_path: Path) -> None:

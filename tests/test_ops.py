@@ -397,13 +397,13 @@ def test_kv_fake_quantize_equals_its_reference_exactly(bits, dtype) -> None:
     past=st.integers(0, 4),
     size=st.sampled_from([2, 8, 24]),
     bits=st.sampled_from([3, 4, 8]),
-    softcap=st.sampled_from([0.0, 0.7]),
+    form=st.sampled_from(["", "Softcap", "Sinks"]),
     dtype=st.sampled_from([np.float32, np.float16]),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=50, deadline=None)
 def test_kv_attention_equals_its_reference(
-    batch, heads, group, length, past, size, bits, softcap, dtype, seed
+    batch, heads, group, length, past, size, bits, form, dtype, seed
 ) -> None:
     rng = np.random.default_rng(seed)
     total = past + length
@@ -411,10 +411,11 @@ def test_kv_attention_equals_its_reference(
     key = _cache(rng, batch, heads, total, size, bits)
     value = _cache(rng, batch, heads, total, size, bits)
     mask = rng.random((batch, 1, length, total)) < 0.7
-    name = f"KvAttention{'Softcap' if softcap else ''}{'' if bits <= 4 else 'Int8'}"
-    attributes = {"scale": 0.3} | ({"softcap": softcap} if softcap else {})
-    (y,) = run(name, q, *key, *value, mask, **attributes)
-    expected = ops.kv_attention(q, *key, *value, mask, **attributes, bits=bits)
+    name = f"KvAttention{form}{'' if bits <= 4 else 'Int8'}"
+    attributes = {"scale": 0.3} | ({"softcap": 0.7} if form == "Softcap" else {})
+    sinks = [(3 * rng.normal(size=heads * group)).astype(dtype)] if form == "Sinks" else []
+    (y,) = run(name, q, *key, *value, mask, *sinks, **attributes)
+    expected = ops.kv_attention(q, *key, *value, mask, *sinks, **attributes, bits=bits)
     # Bytes up to 255 cancel to values of at most 8 steps, and both sums round: 32 times the usual
     _assert_within_ulps(y, expected, 256)
 
@@ -430,12 +431,46 @@ def test_kv_attention_reads_the_cache_head_of_its_group_and_obeys_the_mask() -> 
         np.testing.assert_allclose(y[0, head, 0], stored[0, head // 2, 1], atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("group", [1, 3])
+def test_attention_with_sinks_equals_its_reference(group, dtype) -> None:
+    rng = np.random.default_rng(13)
+    q = rng.normal(size=(2, 2 * group, 3, 8)).astype(dtype)
+    key, value = (rng.normal(size=(2, 2, 5, 8)).astype(dtype) for _ in range(2))
+    sinks = (3 * rng.normal(size=2 * group)).astype(dtype)
+    mask = np.tri(3, 5, 2)[None, None].repeat(2, 0) > 0
+    (y,) = run("AttentionSinks", q, key, value, mask, sinks, scale=0.3)
+    expected = ops.attention_sinks(q, key, value, mask, sinks, scale=0.3)
+    _assert_within_ulps(y, expected, 64)
+
+
+def test_a_sink_is_a_token_with_its_score_and_a_value_of_zero() -> None:
+    rng = np.random.default_rng(14)
+    q = rng.normal(size=(1, 4, 1, 8)).astype(np.float32)
+    key, value = (rng.normal(size=(1, 4, 3, 8)).astype(np.float32) for _ in range(2))
+    sinks = np.array([-2.0, 0.0, 1.0, 30.0], np.float32)
+    # A key along its head's query, as long as gives the sink's score
+    length = sinks[None, :, None, None] / (0.5 * (q * q).sum(axis=-1, keepdims=True))
+    keys = np.concatenate([key, length * q], axis=2)
+    values = np.concatenate([value, np.zeros_like(q)], axis=2)
+    mask, more = np.ones((1, 1, 1, 3), bool), np.ones((1, 1, 1, 4), bool)
+    (y,) = run("AttentionSinks", q, key, value, mask, sinks, scale=0.5)
+    unreachable = np.full(4, -1e9, np.float32)
+    (wanted,) = run("AttentionSinks", q, keys, values, more, unreachable, scale=0.5)
+    np.testing.assert_allclose(y, wanted, atol=1e-6)
+    assert np.abs(y[0, 3]).max() < 1e-8 < np.abs(y[0, 0]).max()  # a large sink takes everything
+
+
 def test_a_query_that_may_look_at_nothing_gets_finite_numbers() -> None:
     rng = np.random.default_rng(10)
     q = rng.normal(size=(1, 1, 2, 8)).astype(np.float32)
     key, value = _cache(rng, 1, 1, 2, 8, 4), _cache(rng, 1, 1, 2, 8, 4)
-    (y,) = run("KvAttention", q, *key, *value, np.zeros((1, 1, 2, 2), bool), scale=1.0)
+    nothing = np.zeros((1, 1, 2, 2), bool)
+    (y,) = run("KvAttention", q, *key, *value, nothing, scale=1.0)
     assert np.isfinite(y).all()
+    sink = np.array([-3.0], np.float32)
+    (y,) = run("KvAttentionSinks", q, *key, *value, nothing, sink, scale=1.0)
+    assert (y == 0).all()  # its sink takes everything
 
 
 # --- Storage --------------------------------------------------------------------------------------
@@ -492,6 +527,7 @@ def _cases() -> dict[str, tuple[list[Array], dict[str, Any]]]:
     queries, mask = _tokens(rng, 2, 4, 3, 8), np.tri(3, 4, 1)[None, None].repeat(2, 0) > 0
     kv = {"bits": 4, "clip_ratio": 0.95}
     capped = {"scale": 0.5, "softcap": 0.7}
+    sinks = np.array([-1.0, 0.0, 0.5, 3.0], np.float32)
     groups = {"clip_ratio": 0.95, "group_size": 4, "symmetric": 0}
     q_token, *by_token = ops.groups.quantize_groups(x, bits=4, **groups | {"group_size": 48})
     q_group, *by_group = ops.groups.quantize_groups(x, bits=4, **groups)
@@ -514,6 +550,9 @@ def _cases() -> dict[str, tuple[list[Array], dict[str, Any]]]:
         "KvAttentionInt8": ([queries, *large, *large, mask], {"scale": 0.5}),
         "KvAttentionSoftcap": ([queries, *small, *small, mask], capped),
         "KvAttentionSoftcapInt8": ([queries, *large, *large, mask], capped),
+        "KvAttentionSinks": ([queries, *small, *small, mask, sinks], {"scale": 0.5}),
+        "KvAttentionSinksInt8": ([queries, *large, *large, mask, sinks], {"scale": 0.5}),
+        "AttentionSinks": ([queries, new, new, mask[..., :3], sinks], {"scale": 0.5}),
         "QuantizeGroups": ([x], groups | {"bits": 4}),
         "Int4GemmAsymmetric": ([q_token, *by_token, w, w_scale], {"dtype": 1}),
         "Int8GemmAsymmetric": ([q_token, *by_token, w, w_scale], {"dtype": 1}),

@@ -132,14 +132,16 @@ class QuantizeKvCachePass(Pass):
         """Let the attention read codes."""
         graph = self.decoder.model.graph
         module = (attention.node.name or "").rpartition("/")[0]
-        query, *_, mask = attention.node.inputs
+        query, _, _, mask, *others = attention.node.inputs
+        sinks = [v for v in others if v is not None]
         assert query is not None
         assert mask is not None
         given = attention.node.attributes
         names = [name for name in ("scale", "softcap") if name in given]
+        form = "Softcap" if "softcap" in given else "Sinks" if sinks else ""
         replacement = ops.node(
-            f"KvAttention{'Softcap' if 'softcap' in given else ''}{suffix}",
-            [query, *cached, mask],
+            f"KvAttention{form}{suffix}",
+            [query, *cached, mask, *sinks],
             {name: given[name].as_float() for name in names},
             at=f"{module}/KvAttention",
         )

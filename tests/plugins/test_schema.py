@@ -104,8 +104,9 @@ def test_every_operator_has_a_plugin_or_a_stated_reason_for_none(description) ->
         assert f"`{name}`" in section, f"say in docs/plugins.md why {name} has no plugin"
 
 
-def test_softcaps_wide_codes_and_weight_only_have_no_plugin(description) -> None:
+def test_softcaps_sinks_wide_codes_and_weight_only_have_no_plugin(description) -> None:
     assert set(ops.OPERATORS) - set(description["plugins"]) >= {
         *("Int8Gemm", "KvAppendInt8", "KvAttentionInt8", "KvAttentionSoftcapInt8"),
+        *("AttentionSinks", "KvAttentionSinks", "KvAttentionSinksInt8"),
         *("KvAttentionSoftcap", "KvFakeQuantize", "WeightOnlyGemm"),
     }

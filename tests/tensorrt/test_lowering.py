@@ -188,6 +188,7 @@ def test_norms_and_rotations_for_old_parsers_are_those_of_the_standard(tmp_path:
         ("llama", "w4a4kv4", ("kv_cache.io=float",), "float16", r"KvFakeQuantize has no TensorRT"),
         ("llama", "rotate-only", (), "float16", r"Hadamard|has no"),
         ("gemma2", "w4a4kv4", (), "float16", r"KvAttentionSoftcap has no TensorRT plugin"),
+        ("gpt-oss", "w4a4kv4", (), "float16", r"KvAttentionSinks has no TensorRT plugin"),
         (
             "mixtral",
             "w4a4kv4",
