@@ -273,4 +273,5 @@ def _by_token(value: Float32) -> Float32:
     """[windows, tokens, features] or [windows, heads, tokens, size] as [tokens, features]."""
     by_token = value.swapaxes(1, 2) if value.ndim == 4 else value
     leading = by_token.ndim - (2 if value.ndim == 4 else 1)
-    return by_token.reshape(int(np.prod(by_token.shape[:leading])), -1)
+    tokens, features = by_token.shape[:leading], by_token.shape[leading:]
+    return by_token.reshape(int(np.prod(tokens)), int(np.prod(features)))  # an expert may get none
