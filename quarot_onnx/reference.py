@@ -559,7 +559,7 @@ def _fill(
         attention.quarot_roundings = {
             kind: roundings[site]
             for kind in ("key", "value")
-            if (site := f"model.layers.{index}.self_attn.{kind}") in roundings
+            if (site := f"model.layers.{index}.self_attn.cached_{kind}") in roundings
         }
         if (matrix := given.key(index)) is not None:
             turns = inverse(matrix).T, matrix

@@ -9,7 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("machine", deadline=None)  # it may be busy
+hypothesis.settings.load_profile("machine")
 
 HuggingFace = Callable[[str], Path]
 Exported = Callable[..., Path]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -19,8 +19,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from quarot_onnx import decoder as handles
+from quarot_onnx.calibration.roundings import Roundings
 from quarot_onnx.errors import UnsupportedModelError
 from quarot_onnx.passes import untie_embeddings
+from quarot_onnx.passes.quantize_activations import QuantizeActivationsPass
+from quarot_onnx.passes.quantize_kv_cache import QuantizeKvCachePass
+from quarot_onnx.passes.quantize_weights import QuantizeWeightsPass
+from quarot_onnx.recipe import Recipe
 from quarot_onnx.weights import ArraySource, Weight
 from tests import float64, running
 
@@ -291,6 +296,18 @@ def assert_golden(name: str, before: str, after: str) -> None:
     if os.environ.get("QUAROT_GOLDEN") == "write":
         path.write_text(actual, encoding="utf-8")
     assert actual == path.read_text(encoding="utf-8")
+
+
+def quantize_linears(decoder: handles.Decoder) -> None:
+    """Weights and activations of every linear become codes, by the default recipe."""
+    QuantizeWeightsPass(decoder, bits=4, clip_search=False)()
+    choose = Roundings(decoder, Recipe(), None).of_activations
+    QuantizeActivationsPass(decoder, choose, weight_bits=4)()
+
+
+def quantize_cache(decoder: handles.Decoder, form: Literal["packed", "float"]) -> None:
+    """Keys and values become codes, by the default recipe."""
+    QuantizeKvCachePass(decoder, Roundings(decoder, Recipe(), None).of_cache, bits=4, form=form)()
 
 
 @contextmanager

@@ -231,9 +231,10 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(
 
 
 _SLOW = """
-    import sys, time
+    import signal, sys, time
     from pathlib import Path
     from quarot_onnx.artifacts import publish
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     with publish(Path(sys.argv[1])) as staging:
         (staging / "half").write_text("half")
         print("writing", flush=True)

@@ -28,6 +28,10 @@ from tests.conftest import Exported, HuggingFace
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_llama" / "model"
 
 
+DEPLOYED = {"trt", "triton"}
+"""Stages of what is built from an artifact, skipped where nothing was."""
+
+
 class Planted:
     """A copy of an artifact with a fault in it that the manifest's hashes do not show."""
 
@@ -138,7 +142,7 @@ def test_a_sound_artifact_passes_every_stage(
     assert verdict.stages == tuple(seen)
     skipped = {stage.id for stage in verdict.stages if stage.status == "skipped"}
     is_lossy = load_recipe(recipe).is_lossy
-    assert skipped == ({"equivalence"} if is_lossy else set())
+    assert skipped == DEPLOYED | ({"equivalence"} if is_lossy else set())
     verdict.require_passed()
 
 
@@ -150,7 +154,8 @@ def test_a_sound_artifact_of_another_family_is_compared_with_a_new_export(
     verdict = validate(exported(family, recipe), hugging_face(family), threads=1)
     assert verdict.passed, verdict.failures
     skipped = {stage.id for stage in verdict.stages if stage.status == "skipped"}
-    assert skipped == ({"equivalence", "logits", "outputs"} if recipe == "w4a4kv4" else {"logits"})
+    others = {"equivalence", "logits", "outputs"} if recipe == "w4a4kv4" else {"logits"}
+    assert skipped == DEPLOYED | others
     assert stage(verdict, "weights").value == 0
     assert "of Hugging Face's" in stage(verdict, "layers").detail
 
@@ -180,7 +185,13 @@ def test_without_a_reference_the_stages_that_need_it_are_skipped_visibly(
 ) -> None:
     verdict = validate(exported("llama", "rotate-only"), threads=1)
     assert verdict.passed
-    assert verdict.as_json()["skipped"] == ["weights", "equivalence", "quality"]
+    assert verdict.as_json()["skipped"] == [
+        "weights",
+        "equivalence",
+        "quality",
+        "trt",
+        "triton",
+    ]
     assert stage(verdict, "weights").detail == "no reference was given"
 
 

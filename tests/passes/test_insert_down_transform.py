@@ -7,8 +7,6 @@ from hypothesis import strategies as st
 
 from quarot_onnx.learning.student import balanced_factors
 from quarot_onnx.passes.insert_down_transform import InsertDownTransformPass
-from quarot_onnx.passes.quantize_activations import QuantizeActivationsPass
-from quarot_onnx.passes.quantize_weights import QuantizeWeightsPass
 from tests.small_decoder import (
     SIZES,
     TYPES,
@@ -16,6 +14,7 @@ from tests.small_decoder import (
     assert_golden,
     invertible,
     located,
+    quantize_linears,
     refused,
     text,
 )
@@ -47,8 +46,7 @@ def test_the_weight_takes_the_inverse() -> None:
 
 def test_refuses_quantized_activations() -> None:
     decoder = located()
-    QuantizeWeightsPass(decoder, bits=4, clip_search=True)()
-    QuantizeActivationsPass(decoder, bits=4, clip_ratio=0.9, weight_bits=4)()
+    quantize_linears(decoder)
     with refused(
         decoder,
         "InsertDownTransform: QuantizeActivations has been applied to this model; "

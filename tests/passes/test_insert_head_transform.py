@@ -6,8 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quarot_onnx.passes.insert_head_transform import InsertHeadTransformPass
-from quarot_onnx.passes.quantize_activations import QuantizeActivationsPass
-from quarot_onnx.passes.quantize_weights import QuantizeWeightsPass
 from tests.small_decoder import (
     SIZES,
     TYPES,
@@ -15,6 +13,7 @@ from tests.small_decoder import (
     assert_golden,
     invertible,
     located,
+    quantize_linears,
     refused,
     text,
 )
@@ -47,8 +46,7 @@ def test_the_weight_takes_the_inverse() -> None:
 
 def test_refuses_quantized_activations() -> None:
     decoder = located()
-    QuantizeWeightsPass(decoder, bits=4, clip_search=True)()
-    QuantizeActivationsPass(decoder, bits=4, clip_ratio=0.9, weight_bits=4)()
+    quantize_linears(decoder)
     with refused(
         decoder,
         "InsertHeadTransform: QuantizeActivations has been applied to this model; "

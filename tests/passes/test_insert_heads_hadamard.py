@@ -5,20 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quarot_onnx.calibration.roundings import Roundings
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.hadamard import plan
 from quarot_onnx.passes.fuse_r2 import FuseR2Pass
 from quarot_onnx.passes.insert_heads_hadamard import InsertHeadsHadamardPass
-from quarot_onnx.passes.quantize_activations import QuantizeActivationsPass
-from quarot_onnx.passes.quantize_weights import QuantizeWeightsPass
-from quarot_onnx.recipe import Recipe
 from tests.small_decoder import (
     SIZES,
     TYPES,
     assert_equivalent,
     assert_golden,
     located,
+    quantize_linears,
     refused,
     text,
 )
@@ -66,9 +63,7 @@ def test_a_number_of_heads_without_a_hadamard_is_skipped_with_the_reason(num_hea
 
 def test_refuses_quantized_activations() -> None:
     decoder = located()
-    QuantizeWeightsPass(decoder, bits=4, clip_search=False)()
-    choose = Roundings(decoder, Recipe(), None).of_activations
-    QuantizeActivationsPass(decoder, choose, weight_bits=4)()
+    quantize_linears(decoder)
     with refused(
         decoder,
         "InsertHeadsHadamard: QuantizeActivations has been applied to this model; "

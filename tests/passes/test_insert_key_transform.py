@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quarot_onnx.passes.insert_key_transform import InsertKeyTransformPass
-from quarot_onnx.passes.quantize_kv_cache import QuantizeKvCachePass
 from tests.small_decoder import (
     SIZES,
     TYPES,
@@ -14,6 +13,7 @@ from tests.small_decoder import (
     assert_golden,
     invertible,
     located,
+    quantize_cache,
     refused,
     text,
 )
@@ -45,7 +45,7 @@ def test_the_node_of_the_keys_holds_the_matrix() -> None:
 
 def test_refuses_a_cache_of_codes() -> None:
     decoder = located()
-    QuantizeKvCachePass(decoder, bits=4, clip_ratio=0.95, form="packed")()
+    quantize_cache(decoder, "packed")
     with refused(
         decoder,
         "InsertKeyTransform: QuantizeKvCache has been applied to this model; "

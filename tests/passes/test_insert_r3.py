@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from quarot_onnx.hadamard import plan
 from quarot_onnx.passes.insert_r3 import InsertR3Pass
-from quarot_onnx.passes.quantize_kv_cache import QuantizeKvCachePass
 from tests import float64
 from tests.small_decoder import (
     SIZES,
@@ -16,6 +15,7 @@ from tests.small_decoder import (
     assert_golden,
     feeds,
     located,
+    quantize_cache,
     refused,
     text,
 )
@@ -59,7 +59,7 @@ def test_a_head_dim_without_any_hadamard_is_left_alone_with_the_reason() -> None
 
 def test_refuses_a_quantized_cache() -> None:
     decoder = located()
-    QuantizeKvCachePass(decoder, bits=4, clip_ratio=0.95, form="float")()
+    quantize_cache(decoder, "float")
     with refused(
         decoder,
         "InsertR3: QuantizeKvCache has been applied to this model; apply InsertR3Pass before",

@@ -6,18 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quarot_onnx.calibration.roundings import Roundings
 from quarot_onnx.hadamard import plan
 from quarot_onnx.passes.insert_r4 import InsertR4Pass
-from quarot_onnx.passes.quantize_activations import QuantizeActivationsPass
-from quarot_onnx.passes.quantize_weights import QuantizeWeightsPass
-from quarot_onnx.recipe import Recipe
 from tests.small_decoder import (
     SIZES,
     TYPES,
     assert_equivalent,
     assert_golden,
     located,
+    quantize_linears,
     refused,
     text,
 )
@@ -101,9 +98,7 @@ def test_layers_share_the_matrices() -> None:
 
 def test_refuses_quantized_activations() -> None:
     decoder = located()
-    QuantizeWeightsPass(decoder, bits=4, clip_search=False)()
-    choose = Roundings(decoder, Recipe(), None).of_activations
-    QuantizeActivationsPass(decoder, choose, weight_bits=4)()
+    quantize_linears(decoder)
     with refused(
         decoder,
         "InsertR4: QuantizeActivations has been applied to this model; apply InsertR4Pass before",
