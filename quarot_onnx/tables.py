@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from quarot_onnx.comparison.measure import Measured
 
 
+_FILE_WIDTH = 120
+"""Columns of a table that is not printed on a terminal."""
+
+
 def show_recipes(recipes: list[dict[str, Any]]) -> None:
     """The presets and what they do."""
     _table(
@@ -346,7 +350,10 @@ def _table(title: str, columns: list[str], rows: list[list[str]], numeric: int =
         )
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file has room for names in one piece
+        console.width = max(console.width, _FILE_WIDTH)
+    console.print(table)
 
 
 def show_repository(repository: Path, manifest: dict[str, Any]) -> None:
