@@ -214,47 +214,57 @@ def export(
         )
         artifacts.require_space(out_dir, artifacts.stored_bytes(rewritten.model))
         artifacts.save_model(rewritten.model, staging, progress)
-        for name in COMPANIONS:
-            if (model_dir / name).is_file():
-                shutil.copyfile(model_dir / name, staging / name)
-        if rewritten.transforms:
-            rewritten.transforms.save(staging / TRANSFORMS)
-        if calibration is not None and recipe.is_calibrated:
-            calibration.save(staging)
-        if recipe.weights.bits < 16 and recipe.weights.sparsity != "none":
-            weights = [linear.weight for linear in rewritten.decoder.linears]
-            save_sparse(
-                staging,
-                journal,
-                [(weight.name, weight.sizes) for weight in weights],
-                recipe.weights.sparsity,
-                recipe.weights.bits,
-            )
-        save_polygraphy(staging)
-        save_genai_config(staging, rewritten.model, load_config(model_dir, checkpoint.config))
-        artifacts.save_manifest(
-            staging,
-            {
-                "source": {
-                    "model_type": checkpoint.config["model_type"],
-                    "files": sources,
-                },
-                "recipe": recipe.model_dump(),
-                "targets": [
-                    asdict(target) for target in targets_of(recipe, rewritten.transforms.online)
-                ],
-                **_calibrated(recipe, calibration, rewritten.seconds),
-                **_transformed(rewritten.transforms),
-                "dtype": dtype,
-                "passes": [
-                    _report(report, rewritten.certificates.get(report.name, ()))
-                    for report in rewritten.reports
-                ],
-            },
-        )
+        _save_companions(staging, checkpoint, recipe, rewritten, calibration, journal)
+        content = {
+            "source": {"model_type": checkpoint.config["model_type"], "files": sources},
+            **_manifest(recipe, rewritten, calibration),
+            "dtype": dtype,
+        }
+        artifacts.save_manifest(staging, content)
         manifest = artifacts.load_manifest(staging)
     shutil.rmtree(journal.directory, ignore_errors=True)
     return manifest
+
+
+def _save_companions(
+    staging: Path,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    rewritten: Rewritten,
+    calibration: Calibration | None,
+    journal: Journal,
+) -> None:
+    """Everything beside the graph, its weights and the manifest."""
+    for name in COMPANIONS:
+        if (checkpoint.directory / name).is_file():
+            shutil.copyfile(checkpoint.directory / name, staging / name)
+    if rewritten.transforms:
+        rewritten.transforms.save(staging / TRANSFORMS)
+    if calibration is not None and recipe.is_calibrated:
+        calibration.save(staging)
+    if recipe.weights.bits < 16 and recipe.weights.sparsity != "none":
+        weights = [(x.weight.name, x.weight.sizes) for x in rewritten.decoder.linears]
+        save_sparse(staging, journal, weights, recipe.weights.sparsity, recipe.weights.bits)
+    save_polygraphy(staging)
+    config = load_config(checkpoint.directory, checkpoint.config)
+    save_genai_config(staging, rewritten.model, config)
+
+
+def _manifest(
+    recipe: Recipe, rewritten: Rewritten, calibration: Calibration | None
+) -> dict[str, Any]:
+    """What was asked for, what was done and what it measured."""
+    targets = targets_of(recipe, rewritten.transforms.online)
+    return {
+        "recipe": recipe.model_dump(),
+        "targets": [asdict(target) for target in targets],
+        **_calibrated(recipe, calibration, rewritten.seconds),
+        **_transformed(rewritten.transforms),
+        "passes": [
+            _report(report, rewritten.certificates.get(report.name, ()))
+            for report in rewritten.reports
+        ],
+    }
 
 
 def _journal_of(out_dir: Path) -> Path:
