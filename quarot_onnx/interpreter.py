@@ -149,10 +149,14 @@ class MatMul(OpRun):
         return (np.matmul(x, y.whole() if isinstance(y, _Matrix) else y),)
 
 
-@functools.cache
-def _orthonormal(factors: tuple[int, ...]) -> Array:
-    matrices = [hadamard_matrix(factor) / math.sqrt(factor) for factor in factors]
-    return functools.reduce(np.kron, matrices, np.ones((1, 1)))
+def _rotated(x: Array, factors: Sequence[int], inner: int = 1) -> Array:
+    """``x @ (I ⊗ H ⊗ I_inner)`` in x's dtype, a factor of H at a time: H whole may not fit."""
+    folded = x.reshape(-1, *factors, inner)
+    for axis, factor in enumerate(factors, start=1):
+        matrix = (hadamard_matrix(factor) / math.sqrt(factor)).astype(x.dtype)
+        turned = np.tensordot(folded, matrix, axes=(axis, 0))
+        folded = np.moveaxis(turned, -1, axis)
+    return folded.reshape(x.shape)
 
 
 class Hadamard(OpRun):
@@ -161,8 +165,7 @@ class Hadamard(OpRun):
     op_domain = DOMAIN
 
     def _run(self, x: Array, *_: Array, factors: Sequence[int], **__: Any) -> tuple[Array]:
-        matrix = _orthonormal(tuple(factors)).astype(x.dtype)
-        return ((x.reshape(-1, len(matrix)) @ matrix).reshape(x.shape),)
+        return (_rotated(x, factors),)
 
 
 class HadamardHeads(OpRun):
@@ -171,9 +174,7 @@ class HadamardHeads(OpRun):
     op_domain = DOMAIN
 
     def _run(self, x: Array, *_: Array, factors: Sequence[int], **__: Any) -> tuple[Array]:
-        matrix = _orthonormal(tuple(factors)).astype(x.dtype)
-        folded = x.reshape(-1, len(matrix), x.shape[-1] // len(matrix))
-        return ((matrix.T @ folded).reshape(x.shape),)
+        return (_rotated(x, factors, x.shape[-1] // math.prod(factors)),)
 
 
 class Transform(OpRun):

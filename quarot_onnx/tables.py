@@ -140,8 +140,10 @@ def show_build(engine_dir: Path, manifest: dict[str, Any]) -> None:
         ],
     ]
     _table(f"Built {engine_dir}", ["what", "found"], rows)
-    print("the same build by trtexec, in that directory:\n")
-    print((engine_dir / "trtexec.sh").read_text(encoding="utf-8").split("\n", 1)[1])
+    print(f"the same build by trtexec, whole in {engine_dir / 'trtexec.sh'}:\n")
+    for line in (engine_dir / "trtexec.sh").read_text(encoding="utf-8").splitlines()[1:]:
+        is_long = len(line) > _FILE_WIDTH  # the shapes of every layer's cache
+        print(f"{line[:_FILE_WIDTH]}... \\" if is_long else line)
 
 
 def show_verdict(content: dict[str, Any]) -> None:
