@@ -497,6 +497,12 @@ def _tensor(
     return torch.from_numpy(initializers[name].numpy().astype(np.float32))
 
 
+_READERS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+)  # of the first and of the second norm of a layer
+
+
 def _in_front_of_linears(
     recipe: Recipe, config: Any, given: Transforms
 ) -> dict[str, OnlineHadamard]:
@@ -511,6 +517,10 @@ def _in_front_of_linears(
             online[f"{layer}.self_attn.o_proj"] = OnlineHadamard.given(matrix, inner=size)
         elif recipe.rotations.heads and across.kind == "full":
             online[f"{layer}.self_attn.o_proj"] = OnlineHadamard.of(across, inner=size)
+        for which, readers in enumerate(_READERS):
+            if (factors := given.inputs(index, which)) is not None:
+                turn = OnlineHadamard.given(*factors)
+                online |= dict.fromkeys((f"{layer}.{reader}" for reader in readers), turn)
         if (factors := given.down(index)) is not None:
             online[f"{layer}.mlp.down_proj"] = OnlineHadamard.given(*factors)
         elif recipe.rotations.r4 and r4.kind != "none":
