@@ -14,7 +14,7 @@ import numpy as np
 import polygraphy.cuda
 import pytest
 
-from quarot_onnx import artifacts, tensorrt_runtime
+from quarot_onnx import artifacts
 from quarot_onnx.errors import (
     InputError,
     MissingDependencyError,
@@ -252,7 +252,7 @@ def test_more_tokens_than_the_engine_was_built_for_are_refused(engine: Path) -> 
 def test_generation_and_evaluation_take_the_engine(
     engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tensorrt_runtime.EngineModel(engine)
+    model = EngineModel(engine)
     from quarot_onnx.runtime.generation import generate  # noqa: PLC0415
 
     tokens = list(generate(model, [1, 2, 3], max_new_tokens=4))

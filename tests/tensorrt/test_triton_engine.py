@@ -20,13 +20,13 @@ from quarot_onnx.runtime.batching import SeparateBatch, batch_of
 from quarot_onnx.runtime.generation import generate
 from quarot_onnx.runtime.serving import Request, Scheduler
 from quarot_onnx.runtime.tensorrt import EngineModel
+from tests.runtime.test_serving import Recorded
 from tests.tensorrt.test_adapter import (  # noqa: F401  # fixtures
     LIMITS,
     _library,
     artifact,
     machine,
 )
-from tests.runtime.test_serving import Recorded
 from tests.test_triton import require_tritonclients_schema_to_read, server_python
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny_llama" / "model" / "tokenizer.json"
