@@ -83,7 +83,7 @@ class Learning(_Spec):
     steps: int = Field(default=300, ge=1)
     batch: int = Field(default=4, ge=1)
     rotation_rate: float = Field(default=0.01, gt=0)
-    matrix_rate: float = Field(default=0.002, gt=0)
+    matrix_rate: float = Field(default=0.01, gt=0)
     scale_rate: float = Field(default=0.005, gt=0)
     weight_bits: Literal[3, 4, 5, 6, 8, 16] = 16
 
