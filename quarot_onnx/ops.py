@@ -778,6 +778,17 @@ OPERATORS: Mapping[str, Operator] = {
             )
             for name in ("Int4Gemm", "Int8Gemm")
         ),
+        *(
+            Operator(
+                f"{name}WeightZeros",
+                (*_ZERO_GEMM_INPUTS, "w_zero"),
+                ("y",),
+                {"group_size": int, "dtype": int},
+                groups.gemm_groups_body(halved=name == "Int8Gemm", has_weight_zeros=True),
+                groups.gemm_groups,
+            )
+            for name in ("Int4Gemm", "Int8Gemm")
+        ),
         Operator(
             "KvAppendGroups",
             _CACHE_INPUTS,
