@@ -22,7 +22,7 @@ from quarot_onnx.export.triton import triton_from_artifact
 from quarot_onnx.pipeline import export
 from quarot_onnx.recipe import load_recipe
 from quarot_onnx.runtime import OnnxModel, load_tokenizer
-from quarot_onnx.serving import Piece, Request, Scheduler, context_length
+from quarot_onnx.runtime.serving import Piece, Request, Scheduler, context_length
 
 ROOT = Path(__file__).parents[1]
 STREAMS = (1, 2, 4, 8, 16)

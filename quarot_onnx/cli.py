@@ -347,8 +347,8 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, one token at a time through the quantized cache."""
-    from quarot_onnx import generation  # noqa: PLC0415
     from quarot_onnx import runtime as run  # noqa: PLC0415
+    from quarot_onnx.runtime import generation  # noqa: PLC0415
 
     model = run.load_model(artifact, runtime=runtime, threads=threads, trust_engine=trust_engine)
     tokenizer = run.load_tokenizer(artifact)

@@ -119,14 +119,14 @@ def plugins() -> Finding:
     """The TensorRT plugin library: whether it is there, whole, and of these sources."""
     name, needed_for = "TensorRT plugins", "engines"
     if library.LIBRARY_VARIABLE not in os.environ and not library.is_installed():
-        remedy = "make plugins in a checkout, on a machine with nvcc (docs/plugins.md)"
+        remedy = f"{build.command()} on a machine with nvcc (docs/plugins.md)"
         return Finding(name, "", needed_for, remedy)
     try:
         found = library.find()
     except MissingDependencyError as error:
-        return Finding(name, str(error), needed_for, "make plugins", is_problem=True)
+        return Finding(name, str(error), needed_for, build.command(), is_problem=True)
     described = f"{found.path}: {found.backend} for {' '.join(found.architectures)}"
-    remedy = "" if found.is_current else "built from other sources than these: make plugins"
+    remedy = "" if found.is_current else f"built from other sources than these: {build.command()}"
     return Finding(name, described, needed_for, remedy)
 
 

@@ -5,7 +5,16 @@ A message is one line: ``where: what is true, with values; what to do``. The com
 and exits with the class's ``exit_code``; any other exception is a bug of ours (exit code 1).
 """
 
+import re
 from typing import ClassVar
+
+_ORT_CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+
+
+def first_line(error: Exception) -> str:
+    """What a library says, for a message of ours, without ONNX Runtime's codes in front."""
+    lines = str(error).strip().splitlines()
+    return _ORT_CODE.sub("", lines[0])[:200] if lines else type(error).__name__
 
 
 class QuarotError(Exception):

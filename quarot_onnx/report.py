@@ -427,8 +427,8 @@ def _validation(validation: Mapping[str, Any] | None, command: str) -> Validatio
 
 
 def _sample(artifact: Path, prompt: str) -> Sample:
-    from quarot_onnx.generation import generate  # noqa: PLC0415
     from quarot_onnx.runtime import OnnxModel, eos_token_ids, load_tokenizer  # noqa: PLC0415
+    from quarot_onnx.runtime.generation import generate  # noqa: PLC0415
 
     tokenizer = load_tokenizer(artifact)
     ids = generate(

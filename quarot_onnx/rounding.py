@@ -12,11 +12,10 @@ from typing import Any
 
 import onnx_ir as ir
 
-from quarot_onnx import groups
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UnsupportedModelError
 from quarot_onnx.handles import Attention, Linear
-from quarot_onnx.ops import Array, Float32
+from quarot_onnx.ops import Array, Float32, groups
 from quarot_onnx.recipe import Activations, KvCache
 
 

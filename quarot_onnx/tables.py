@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quarot_onnx.plugins import build
+
 if TYPE_CHECKING:
     from quarot_onnx.comparison.measure import Measured
 
@@ -128,7 +130,7 @@ def show_build(engine_dir: Path, manifest: dict[str, Any]) -> None:
             "lint",
             "no problem found"
             if plugins is not None
-            else "no problem found; creators not checked: no plugin library, run make plugins",
+            else f"no problem found; creators not checked: no plugins, run {build.command()}",
         ],
         ["plugins", "-" if plugins is None else f"{plugins['file']} {plugins['sha256'][:12]}"],
         [

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from quarot_onnx import groups, ops
+from quarot_onnx import ops
+from quarot_onnx.ops import groups
 from tests import running
 from tests.test_ops import FLOAT16, FLOAT32, _tokens, run
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quarot_onnx import artifacts, groups, ops
+from quarot_onnx import artifacts, ops
 from quarot_onnx.errors import InputError, UnsupportedModelError
 from quarot_onnx.hadamard import plan
+from quarot_onnx.ops import groups
 from quarot_onnx.recipe import Recipe, Weights
 from quarot_onnx.reference import (
     CodeLinear,

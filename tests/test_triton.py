@@ -30,9 +30,9 @@ from quarot_onnx.errors import InputError, UsageError
 from quarot_onnx.export.triton import triton_from_artifact
 from quarot_onnx.export.triton.model_config import from_text
 from quarot_onnx.export.triton.repository import INPUTS
-from quarot_onnx.generation import generate
 from quarot_onnx.manifest import changed_files, load_manifest, save_manifest
 from quarot_onnx.runtime import OnnxModel, eos_token_ids, load_tokenizer
+from quarot_onnx.runtime.generation import generate
 from tests.test_cli import Run, run  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).parents[1]

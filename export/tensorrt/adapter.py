@@ -16,6 +16,7 @@ from quarot_onnx.errors import (
     ResourceError,
     UnsupportedModelError,
 )
+from quarot_onnx.plugins import build
 
 Range = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """The smallest, the usual and the largest shape of an input."""
@@ -144,7 +145,7 @@ def engine_from_onnx(trt: Any, model: Path, plugin_nodes: int, options: EngineOp
     if count != plugin_nodes:
         raise UnsupportedModelError(
             f"{model}: {count} of {plugin_nodes} quarot nodes became plugin layers; the library "
-            f"{options.plugins} lacks a creator, run make plugins"
+            f"{options.plugins} lacks a creator, run {build.command()}"
         )
     config = _config(trt, builder, options)
     plan = builder.build_serialized_network(network, config)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that Triton's Python backend runs: tensors in, `quarot_onnx.serving`, tensors out.
+"""What Triton's Python backend runs: tensors in, `quarot_onnx.runtime.serving`, tensors out.
 
 It stands in a model repository as ``NAME/1/model.py``, beside ``artifact/`` and the few modules of
 ``quarot_onnx`` that serving needs, so that the server's Python needs no more than NumPy, ONNX
@@ -24,9 +24,9 @@ import triton_python_backend_utils as pb_utils
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this file, not installed ones
 
 from quarot_onnx.errors import InputError, QuarotError, ResourceError, UsageError
-from quarot_onnx.generation import Sampling
 from quarot_onnx.runtime import eos_token_ids, load_model, load_tokenizer
-from quarot_onnx.serving import Piece, Request, Scheduler, Statistics
+from quarot_onnx.runtime.generation import Sampling
+from quarot_onnx.runtime.serving import Piece, Request, Scheduler, Statistics
 
 ARTIFACT = Path(__file__).parent / "artifact"
 PLUGINS = Path(__file__).parent / "plugins" / "libquarot_plugins.so"

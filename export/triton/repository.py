@@ -34,9 +34,20 @@ from quarot_onnx.export.triton.plan import PLAN, plan_config
 from quarot_onnx.plugins import library
 from quarot_onnx.plugins.library import PluginLibrary
 from quarot_onnx.runtime import RUNTIMES, load_tokenizer
-from quarot_onnx.serving import context_length
+from quarot_onnx.runtime.serving import context_length
 
-SERVED = ("__init__", "batching", "errors", "generation", "manifest", "runtime", "serving")
+SERVED = (
+    "__init__",
+    "errors",
+    "manifest",
+    "runtime/__init__",
+    "runtime/batching",
+    "runtime/generation",
+    "runtime/model",
+    "runtime/serving",
+    "runtime/session",
+    "runtime/tokenizer",
+)
 """The modules of quarot_onnx that model.py needs, with what they import."""
 
 SERVED_WITH_ENGINE = (
@@ -51,7 +62,7 @@ SERVED_WITH_ENGINE = (
     "plugins/kernels",
     "plugins/layouts",
     "plugins/library",
-    "tensorrt_runtime",
+    "runtime/tensorrt",
 )
 """The same where TensorRT runs the model."""
 

@@ -111,7 +111,7 @@ class Operator {
   std::vector<AttributeSpec> mAttributes;
 };
 
-// Every operator that has a plugin; their order is that of quarot_onnx/ops.py.
+// Every operator that has a plugin; their order is that of quarot_onnx.ops.
 std::vector<Operator const*> const& operators();
 
 // The attributes of a node, checked strictly; throws Refusal with the attribute and what it may be.

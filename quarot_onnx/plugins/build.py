@@ -8,7 +8,9 @@ from the objects of its kernels. ``QUAROT_KERNELS_LIBRARY`` names a kernel libra
 
     python -m quarot_onnx.plugins.build cpu|cuda|plugins|plugins-cpu [ARCHITECTURE ...]
 
-builds one and prints where it is; plugins are put under ``build/plugins`` (`library.install`).
+builds one and prints where it is; plugins are put where `library.find` looks (`library.install`).
+A wheel carries the sources, so an installation builds as a source tree does (`make plugins`), and
+keeps what it builds in the user's cache.
 """
 
 import fcntl
@@ -33,15 +35,21 @@ _FILES: Final = {"cpu": "libquarot_kernels_cpu.so", "cuda": "libquarot_kernels.s
 _PLUGIN_FILES: Final = {"cpu": "libquarot_plugins_cpu.so", "cuda": "libquarot_plugins.so"}
 _NVCC = "nvcc"
 _COMMANDS: Final = ("cpu", "cuda", "plugins", "plugins-cpu")
+_PACKAGE: Final = Path(__file__).resolve().parents[1]
+
+
+def is_source_tree() -> bool:
+    """Whether this package lies in a source tree, where ``make`` builds."""
+    return (_PACKAGE.parent / "plugins_cuda" / "Makefile").is_file()
 
 
 def source_directory() -> Path:
-    """``plugins_cuda``: the project's, or the copy that a wheel carries.
+    """``plugins_cuda``: the source tree's, or the copy that a wheel puts into the package.
 
     Raises:
-        MissingDependencyError: the installation has no kernel sources.
+        MissingDependencyError: there is neither, as beside the modules that serve in Triton.
     """
-    directory = Path(__file__).resolve().parents[2] / "plugins_cuda"
+    directory = (_PACKAGE.parent if is_source_tree() else _PACKAGE) / "plugins_cuda"
     if not (directory / "Makefile").is_file():
         raise MissingDependencyError(
             f"kernels: {directory} has no Makefile, so there are no kernel sources here;"
@@ -51,8 +59,16 @@ def source_directory() -> Path:
 
 
 def build_directory() -> Path:
-    """``build/kernels`` beside the sources."""
-    return source_directory().parent / "build" / "kernels"
+    """``build`` in a source tree; otherwise ``quarot-onnx`` in the user's cache directory."""
+    if is_source_tree():
+        return _PACKAGE.parent / "build"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quarot-onnx"
+
+
+def command(target: Target = "cuda") -> str:
+    """What a person runs here to build and install the plugins of a target."""
+    rule = "plugins" if target == "cuda" else "plugins-cpu"
+    return f"make {rule}" if is_source_tree() else f"python -m quarot_onnx.plugins.build {rule}"
 
 
 def find_nvcc() -> Path:
@@ -123,7 +139,7 @@ def build(
     """
     source = source_directory() if source is None else source
     options = _options(target, architectures, sanitize=sanitize)
-    directory = build_directory() / _kernels_digest(source, target, options)
+    directory = build_directory() / "kernels" / _kernels_digest(source, target, options)
     library = directory / target / _FILES[target]
     return _built(library, source, directory, target, options, jobs)
 
@@ -151,7 +167,7 @@ def build_plugins(
     """
     source = source_directory()
     options = _options(target, architectures, sanitize=sanitize)
-    directory = build_directory() / _kernels_digest(source, target, options)
+    directory = build_directory() / "kernels" / _kernels_digest(source, target, options)
     include = tensorrt_include or os.environ.get("TRT_INCLUDE")
     if include:
         options.append(f"TRT_INCLUDE={Path(include).resolve()}")

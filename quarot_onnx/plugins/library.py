@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The TensorRT plugin library: where it is, whether it is what it claims, and loading it.
 
-``make plugins`` installs ``build/plugins/libquarot_plugins.so`` and, beside it, a JSON file with
-the library's hash and its own description (ABI version, architectures, plugins). The emulated one
-(``make plugins-cpu``, ``libquarot_plugins_cpu.so``) has the same plugins on the CPU, for tests.
+``make plugins`` installs ``build/plugins/libquarot_plugins.so`` (elsewhere without a source tree:
+`build.build_directory`) and, beside it, a JSON file with the library's hash and its own description
+(ABI version, architectures, plugins). The emulated one (``make plugins-cpu``,
+``libquarot_plugins_cpu.so``) has the same plugins on the CPU, for tests.
 ``QUAROT_PLUGINS_LIBRARY`` names a library elsewhere. ``docs/plugins.md`` says what each plugin
 takes.
 """
@@ -74,8 +75,8 @@ class PluginLibrary:
 
 
 def directory() -> Path:
-    """``build/plugins`` of this source tree."""
-    return build.source_directory().parent / "build" / "plugins"
+    """``plugins`` under `build.build_directory`."""
+    return build.build_directory() / "plugins"
 
 
 def install(built: Path) -> Path:
@@ -101,10 +102,7 @@ def install(built: Path) -> Path:
 
 def is_installed(target: build.Target = "cuda") -> bool:
     """Whether `directory` has the library of a target."""
-    try:
-        return (directory() / _NAMES[target]).is_file()
-    except MissingDependencyError:  # no sources, as in an installed wheel
-        return False
+    return (directory() / _NAMES[target]).is_file()
 
 
 def find(target: build.Target = "cuda") -> PluginLibrary:
@@ -117,9 +115,9 @@ def find(target: build.Target = "cuda") -> PluginLibrary:
         return verify(Path(named))
     path = directory() / _NAMES[target]
     if not path.is_file():
-        command = "make plugins" if target == "cuda" else "make plugins-cpu"
         raise MissingDependencyError(
-            f"plugins: there is no {path}; run {command}, or name a library in {LIBRARY_VARIABLE}"
+            f"plugins: there is no {path}; run {build.command(target)}, or name a library in"
+            f" {LIBRARY_VARIABLE}"
         )
     return verify(path)
 
@@ -135,18 +133,20 @@ def verify(path: Path) -> PluginLibrary:
         digest = _sha256(path)
     except (OSError, ValueError) as error:
         raise MissingDependencyError(
-            f"{path}: the library or its description cannot be read ({error}); run make plugins"
+            f"{path}: the library or its description cannot be read ({error});"
+            f" run {build.command()}"
         ) from error
     if stated.get("sha256") != digest:
         raise MissingDependencyError(
             f"{path}: sha256 is {digest[:12]} and {_beside(path).name} says"
-            f" {str(stated.get('sha256'))[:12]}: the file was changed; run make plugins"
+            f" {str(stated.get('sha256'))[:12]}: the file was changed;"
+            f" run {build.command()}"
         )
     described = _describe(path)
     if described["abi_version"] != ABI_VERSION:
         raise MissingDependencyError(
             f"{path}: ABI version is {described['abi_version']} and this package has"
-            f" {ABI_VERSION}; run make plugins"
+            f" {ABI_VERSION}; run {build.command()}"
         )
     return PluginLibrary(
         path,
@@ -175,7 +175,7 @@ def load(target: build.Target = "cuda") -> PluginLibrary:
 def _is_current(backend: str, sources: str) -> bool:
     try:
         return sources == build.plugins_digest("cuda" if backend == "cuda" else "cpu")
-    except MissingDependencyError:  # no sources, as in an installed wheel
+    except MissingDependencyError:  # no sources, as in a Triton repository
         return True
 
 
@@ -195,7 +195,7 @@ def _open(path: Path) -> ctypes.CDLL:
         library.quarotRegisterPlugins.argtypes = [ctypes.c_void_p]
     except (OSError, AttributeError) as error:
         raise MissingDependencyError(
-            f"{path}: cannot be loaded as a plugin library ({error}); run make plugins"
+            f"{path}: cannot be loaded as a plugin library ({error}); run {build.command()}"
         ) from error
     return library
 

@@ -23,7 +23,7 @@ from quarot_onnx.validate.verdict import Skip
 
 if TYPE_CHECKING:
     from quarot_onnx.reference import FakeQuantModel, HuggingFaceModel
-    from quarot_onnx.tensorrt_runtime import EngineModel
+    from quarot_onnx.runtime.tensorrt import EngineModel
     from quarot_onnx.validate.side_by_side import Tolerance
 
 _SIZES = (
@@ -165,7 +165,7 @@ class Subject:
         if self.engine is None:
             raise Skip("no engine was given (--engine)")
         try:
-            from quarot_onnx.tensorrt_runtime import EngineModel  # noqa: PLC0415
+            from quarot_onnx.runtime.tensorrt import EngineModel  # noqa: PLC0415
 
             return EngineModel(self.engine)
         except MissingDependencyError as error:

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quarot_onnx import groups, ops
+from quarot_onnx import ops
 from quarot_onnx.decoder import Decoder
+from quarot_onnx.ops import groups
 from quarot_onnx.passes.quantize_activations import QuantizeActivationsPass
 from quarot_onnx.passes.quantize_weights import QuantizeWeightsPass
 from quarot_onnx.recipe import Activations

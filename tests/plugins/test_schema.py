@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plugins and ``ops.py`` say the same; ``docs/plugins.md`` says what the library says."""
+"""The plugins and ``ops`` say the same; ``docs/plugins.md`` says what the library says."""
 
 import ctypes
 import inspect

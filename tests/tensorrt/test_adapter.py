@@ -14,7 +14,7 @@ import numpy as np
 import polygraphy.cuda
 import pytest
 
-from quarot_onnx import artifacts, tensorrt_runtime
+from quarot_onnx import artifacts
 from quarot_onnx.errors import (
     InputError,
     MissingDependencyError,
@@ -28,7 +28,7 @@ from quarot_onnx.export.tensorrt.engine import BuildOptions, Limits, build
 from quarot_onnx.export.tensorrt.lowering import PLUGINS
 from quarot_onnx.plugins import library
 from quarot_onnx.runtime import OnnxModel, load_model
-from quarot_onnx.tensorrt_runtime import EngineModel
+from quarot_onnx.runtime.tensorrt import EngineModel
 from quarot_onnx.validate import validate
 from tests.conftest import Exported, HuggingFace
 from tests.tensorrt import fake_tensorrt as fake
@@ -252,8 +252,8 @@ def test_more_tokens_than_the_engine_was_built_for_are_refused(engine: Path) -> 
 def test_generation_and_evaluation_take_the_engine(
     engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tensorrt_runtime.EngineModel(engine)
-    from quarot_onnx.generation import generate  # noqa: PLC0415
+    model = EngineModel(engine)
+    from quarot_onnx.runtime.generation import generate  # noqa: PLC0415
 
     tokens = list(generate(model, [1, 2, 3], max_new_tokens=4))
     assert len(tokens) == 4

@@ -9,24 +9,24 @@ from pathlib import Path
 import pytest
 
 from quarot_onnx.artifacts import changed_files, load_manifest, save_manifest, sha256
-from quarot_onnx.batching import SeparateBatch, batch_of
 from quarot_onnx.errors import MissingDependencyError, UsageError
 from quarot_onnx.export.tensorrt.directory import PLAN
 from quarot_onnx.export.tensorrt.engine import BuildOptions, build
 from quarot_onnx.export.triton import triton_from_artifact
 from quarot_onnx.export.triton.model_config import from_text
-from quarot_onnx.generation import generate
 from quarot_onnx.plugins import library
 from quarot_onnx.runtime import Tokenizer
-from quarot_onnx.serving import Request, Scheduler
-from quarot_onnx.tensorrt_runtime import EngineModel
+from quarot_onnx.runtime.batching import SeparateBatch, batch_of
+from quarot_onnx.runtime.generation import generate
+from quarot_onnx.runtime.serving import Request, Scheduler
+from quarot_onnx.runtime.tensorrt import EngineModel
+from tests.runtime.test_serving import Recorded
 from tests.tensorrt.test_adapter import (  # noqa: F401  # fixtures
     LIMITS,
     _library,
     artifact,
     machine,
 )
-from tests.test_serving import Recorded
 from tests.test_triton import require_tritonclients_schema_to_read, server_python
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny_llama" / "model" / "tokenizer.json"
@@ -102,7 +102,7 @@ def test_the_servers_python_needs_nothing_else_to_load_the_engines_modules(
     version = tmp_path / "out" / "small" / "1"
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import quarot_onnx.tensorrt_runtime as runtime\n"
+        "import quarot_onnx.runtime.tensorrt as runtime\n"
         "print(runtime.__file__, 'torch' in sys.modules, 'onnx' in sys.modules)"
     )
     done = subprocess.run(
@@ -111,7 +111,7 @@ def test_the_servers_python_needs_nothing_else_to_load_the_engines_modules(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
-        str(version / "quarot_onnx" / "tensorrt_runtime.py"), "False", "False",
+        str(version / "quarot_onnx" / "runtime" / "tensorrt.py"), "False", "False",
     ]  # fmt: skip
 
 

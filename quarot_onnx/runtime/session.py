@@ -1,19 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run an artifact: one interface for every runtime, and the artifact's own tokenizer.
-
-`CausalModel` is what evaluation, validation and generation need: a cache and a step. `OnnxModel`
-implements it on ONNX Runtime, `quarot_onnx.tensorrt_runtime.EngineModel` on TensorRT, and
-`load_model` chooses; the PyTorch models of `quarot_onnx.reference` implement it too.
-torch is not imported here.
-"""
+"""ONNX Runtime: sessions of a graph, and an artifact's model in one."""
 
 import ctypes
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -25,26 +17,16 @@ from quarot_onnx.errors import (
     ResourceError,
     UnsupportedModelError,
     UsageError,
+    first_line,
 )
 from quarot_onnx.manifest import DATA, MODEL, load_manifest
+from quarot_onnx.runtime.model import RUNTIMES, Cache, Ids, Logits, checked_mask, position_ids
 
 if TYPE_CHECKING:
     import onnxruntime
 
-    from quarot_onnx.tensorrt_runtime import EngineModel
-
-Ids = NDArray[np.int64]
-Logits = NDArray[np.float32]
-Cache = dict[str, Any]
-"""``past_key_values.N.key`` and so on -> an array whose axis 2 counts tokens; opaque to callers."""
-
-Runtime = Literal["ort-cpu", "ort-cuda", "tensorrt"]
-RUNTIMES: tuple[Runtime, ...] = ("ort-cpu", "ort-cuda", "tensorrt")
-"""Where a model may run."""
-
 _PAST, _PRESENT = "past_key_values.", "present."
 _QUIET = 4  # onnxruntime: fatal only; what goes wrong reaches us as an exception
-_ORT_CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
 _CACHE_DEVICES = {"ort-cuda": "cuda"}
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
@@ -55,80 +37,6 @@ _DTYPES: dict[str, Any] = {
     "tensor(float16)": np.float16,
     "tensor(bfloat16)": ml_dtypes.bfloat16,
 }
-
-
-class CausalModel(Protocol):
-    """A decoder with a cache. `step` leaves the cache that it is given as it is."""
-
-    @property
-    def vocabulary_size(self) -> int:
-        """How many logits there are for a token."""
-        ...
-
-    def new_cache(self, batch: int) -> Cache:
-        """An empty cache for `batch` rows."""
-        ...
-
-    def step(
-        self, input_ids: Ids, cache: Cache, attention_mask: Ids | None = None
-    ) -> tuple[Logits, Cache]:
-        """Logits of `input_ids`, and the cache with them appended.
-
-        Args:
-            input_ids: [B, S], the tokens that follow those in `cache`.
-            cache: of this model, holding P tokens per row.
-            attention_mask: [B, P + S], 0 for padding on the left; all ones where None.
-
-        Returns:
-            Logits [B, S, vocabulary] in float32 and a cache of P + S tokens.
-        """
-        ...
-
-
-def position_ids(attention_mask: Ids, length: int) -> Ids:
-    """Positions [B, length] of the last `length` tokens: how many real ones precede each."""
-    positions = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)
-    return np.ascontiguousarray(positions[:, -length:], dtype=np.int64)
-
-
-def checked_mask(input_ids: Ids, past: int, attention_mask: Ids | None, vocabulary: int) -> Ids:
-    """The mask [B, past + S] to use; all ones where None.
-
-    Raises:
-        InputError: a token id is not in the vocabulary.
-        ValueError: the mask has another shape.
-    """
-    batch, length = input_ids.shape
-    if input_ids.size and (input_ids.min() < 0 or input_ids.max() >= vocabulary):
-        wrong = input_ids.min() if input_ids.min() < 0 else input_ids.max()
-        raise InputError(
-            f"input_ids: token {wrong} is not in the vocabulary of {vocabulary}; "
-            "the tokenizer belongs to another model"
-        )
-    if attention_mask is None:
-        return np.ones((batch, past + length), np.int64)
-    if attention_mask.shape != (batch, past + length):
-        raise ValueError(f"attention_mask: {attention_mask.shape}, not {(batch, past + length)}")
-    return np.ascontiguousarray(attention_mask, dtype=np.int64)
-
-
-def load_model(
-    directory: Path,
-    *,
-    runtime: str = "ort-cpu",
-    threads: int | None = None,
-    trust_engine: bool = False,
-) -> "OnnxModel | EngineModel":
-    """What runs `directory` in `runtime`: an artifact, or for ``tensorrt`` an engine directory.
-
-    Raises:
-        QuarotError: what `OnnxModel` and `EngineModel` raise.
-    """
-    if runtime == "tensorrt":
-        from quarot_onnx.tensorrt_runtime import EngineModel  # noqa: PLC0415
-
-        return EngineModel(directory, trust=trust_engine)
-    return OnnxModel(directory, runtime=runtime, threads=threads)
 
 
 class OnnxModel:
@@ -285,7 +193,7 @@ class OnnxModel:
                     "use fewer or shorter windows"
                 ) from error
             raise InputError(
-                f"{self.artifact / MODEL}: fails in ONNX Runtime ({_first_line(error)}); "
+                f"{self.artifact / MODEL}: fails in ONNX Runtime ({first_line(error)}); "
                 "export again"
             ) from error
 
@@ -409,7 +317,7 @@ def load_session(
             model if isinstance(model, bytes) else str(model), options, providers=[provider]
         )
     except errors as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         if type(error).__name__ == "NotImplemented":
             raise UnsupportedModelError(
                 f"{where}: {runtime} cannot run it ({reason}); "
@@ -425,141 +333,3 @@ def load_session(
             "libraries, or use --runtime ort-cpu"
         )
     return session
-
-
-def _first_line(error: Exception) -> str:
-    """What a library says, without ONNX Runtime's codes in front."""
-    lines = str(error).strip().splitlines()
-    return _ORT_CODE.sub("", lines[0])[:200] if lines else type(error).__name__
-
-
-# --- Text -----------------------------------------------------------------------------------------
-
-
-class Tokenizer:
-    """Text to ids and back, by the files that travelled with the artifact."""
-
-    def __init__(
-        self,
-        encode: Callable[[str, bool], list[int]],
-        decode: Callable[[list[int]], str],
-        vocabulary_size: int,
-    ) -> None:
-        self._encode = encode
-        self._decode = decode
-        self.vocabulary_size = vocabulary_size
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`, by default with the tokens that the model wants around a prompt."""
-        return self._encode(text, add_special_tokens)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, without special tokens."""
-        return self._decode(list(ids))
-
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of `ids` piece by piece, each as soon as no later id can change it."""
-        pieces = Pieces(self)
-        for token in ids:
-            if piece := pieces.add(token):
-                yield piece
-        if rest := pieces.rest():
-            yield rest
-
-
-class Pieces:
-    """The text of ids that come one by one.
-
-    A character of several bytes may be spread over tokens: what ends in U+FFFD waits.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._written = ""
-
-    def add(self, token: int) -> str:
-        """What the text gained and no later id can change; may be empty."""
-        self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\N{REPLACEMENT CHARACTER}") or not text.startswith(self._written):
-            return ""
-        gained = text[len(self._written) :]
-        self._written = text
-        return gained
-
-    def rest(self) -> str:
-        """What waited, now that no id follows."""
-        return self._tokenizer.decode(self._ids)[len(self._written) :]
-
-
-def load_tokenizer(artifact: Path) -> Tokenizer:
-    """The tokenizer in `artifact`.
-
-    Raises:
-        InputError: there is none, or its file is damaged.
-    """
-    path = artifact / "tokenizer.json"
-    if path.is_file():
-        return _fast_tokenizer(path)
-    slow = [artifact / name for name in ("tokenizer.model", "vocab.json")]
-    if not any(file.is_file() for file in slow):
-        raise InputError(
-            f"{path}: no such file; put the model's tokenizer beside its weights and export again"
-        )
-    return _slow_tokenizer(artifact)
-
-
-def _fast_tokenizer(path: Path) -> Tokenizer:
-    import tokenizers  # noqa: PLC0415
-
-    try:
-        loaded = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more specific
-        raise InputError(
-            f"{path}: not a tokenizer ({_first_line(error)}); download it again"
-        ) from error
-    loaded.no_truncation()
-    loaded.no_padding()
-    return Tokenizer(
-        lambda text, special: list(loaded.encode(text, add_special_tokens=special).ids),
-        lambda ids: str(loaded.decode(ids)),
-        loaded.get_vocab_size(),
-    )
-
-
-def _slow_tokenizer(artifact: Path) -> Tokenizer:
-    import transformers  # noqa: PLC0415
-
-    try:
-        loaded = transformers.AutoTokenizer.from_pretrained(
-            artifact, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{artifact}: its tokenizer cannot be read ({_first_line(error)}); "
-            "add tokenizer.json to the model and export again"
-        ) from error
-    return Tokenizer(
-        lambda text, special: list(loaded.encode(text, add_special_tokens=special)),
-        lambda ids: str(loaded.decode(ids, skip_special_tokens=True)),
-        len(loaded),
-    )
-
-
-def eos_token_ids(artifact: Path) -> frozenset[int]:
-    """The ids that end a text, from generation_config.json or config.json; may be empty."""
-    for name in ("generation_config.json", "config.json"):
-        try:
-            found = json.loads((artifact / name).read_text(encoding="utf-8")).get("eos_token_id")
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"{artifact / name}: not a JSON object ({error}); export again"
-            ) from error
-        if isinstance(found, int):
-            return frozenset({found})
-        if isinstance(found, list):
-            return frozenset(i for i in found if isinstance(i, int))
-    return frozenset()

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quarot_onnx.batching import batch_of
 from quarot_onnx.errors import InputError, UsageError
 from quarot_onnx.runtime import CausalModel, Logits
+from quarot_onnx.runtime.batching import batch_of
 
 
 @dataclass(frozen=True)

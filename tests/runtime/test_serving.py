@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from quarot_onnx.errors import InputError, ResourceError, UsageError
-from quarot_onnx.generation import Sampling, generate
 from quarot_onnx.runtime import Cache, Ids, Logits, OnnxModel, Tokenizer, load_tokenizer
-from quarot_onnx.serving import Piece, Request, Scheduler, context_length
+from quarot_onnx.runtime.generation import Sampling, generate
+from quarot_onnx.runtime.serving import Piece, Request, Scheduler, context_length
 
 
 class Recorded:

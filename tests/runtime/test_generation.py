@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from quarot_onnx.errors import InputError, UsageError
-from quarot_onnx.generation import Sampler, Sampling, generate
 from quarot_onnx.runtime import Cache, Ids, Logits, OnnxModel
+from quarot_onnx.runtime.generation import Sampler, Sampling, generate
 from tests.conftest import Exported
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from quarot_onnx.batching import SeparateBatch, batch_of
 from quarot_onnx.errors import InputError, MissingDependencyError
 from quarot_onnx.evaluate import decode_perplexity
-from quarot_onnx.generation import generate
 from quarot_onnx.runtime import OnnxModel, load_model
+from quarot_onnx.runtime.batching import SeparateBatch, batch_of
+from quarot_onnx.runtime.generation import generate
 from tests.conftest import Exported
 
 

@@ -4,8 +4,8 @@
 import numpy as np
 import pytest
 
-from quarot_onnx.batching import LANES, SeparateBatch, SharedBatch, batch_of
 from quarot_onnx.runtime import Cache, Ids, Logits, OnnxModel
+from quarot_onnx.runtime.batching import LANES, SeparateBatch, SharedBatch, batch_of
 from tests.conftest import Exported
 
 RECIPES = [("w4a4kv4", ()), ("w4a4kv4", ("kv_cache.io=float",)), ("rotate-only", ())]

@@ -6,7 +6,7 @@ requests join the batch as places are free, takes one step for all of them, and 
 text as soon as it is certain. A text ends at a token that ends texts, at a stop word, at its
 `max_tokens`, or when its client is gone; its place is free for the next step.
 
-The same tokens are chosen as by `quarot_onnx.generation.generate`: `quarot_onnx.batching` says why.
+The same tokens are chosen as by `generation.generate`: `batching` says why.
 """
 
 import json
@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from quarot_onnx.batching import batch_of
 from quarot_onnx.errors import InputError, QuarotError, ResourceError, UsageError
-from quarot_onnx.generation import Sampler, Sampling
 from quarot_onnx.runtime import CausalModel, Logits, Pieces, Tokenizer
+from quarot_onnx.runtime.batching import batch_of
+from quarot_onnx.runtime.generation import Sampler, Sampling
 
 FinishReason = Literal["stop", "length"]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Codes in groups: the references and ONNX bodies of the operators with zero points and groups.
 
-`quarot_onnx.ops` has the common forms, which the CUDA kernels share: symmetric activations with one
-scale per token, and an asymmetric cache with one per token and head. The operators here say
+The other modules have the common forms, which the CUDA kernels share: symmetric activations with
+one scale per token, and an asymmetric cache with one per token and head. The operators here say
 everything else of a row of k features: symmetric or asymmetric, one scale per group of `group_size`
 features (the whole row is one group), 3 to 8 bits. They run through their ONNX bodies only.
 
@@ -11,14 +11,20 @@ point per group: ``value = (code - zero) * scale``. A symmetric group has the ze
 ``2**(bits - 1)``. A scale that would be 0 is 1.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
-Float32 = NDArray[np.float32]
-Codes = NDArray[np.uint8]
+from quarot_onnx.ops.operator import Array, Codes, Float32, Operator
+
+ATTRIBUTES: Mapping[str, type] = {
+    "bits": int,
+    "clip_ratio": float,
+    "group_size": int,
+    "symmetric": int,
+}
+_GEMM_INPUTS = ("q", "scale", "zero", "w", "w_scale")
 
 
 # --- References -----------------------------------------------------------------------------------
@@ -127,8 +133,8 @@ def fake_quantize_groups(
 
 
 # --- Function bodies ------------------------------------------------------------------------------
-# As in `quarot_onnx.ops`: `@name` is an attribute of the calling node. The ratio is a quotient of
-# negative numbers because ONNX Runtime rewrites ``x * (1 / q)`` to ``x / q``.
+# The ratio is a quotient of negative numbers because ONNX Runtime rewrites ``x * (1 / q)`` to
+# ``x / q``.
 
 QUANTIZE = """
     one = Constant <value_float = 1.0> ()
@@ -327,36 +333,48 @@ def gemm_groups_body(*, halved: bool, has_weight_zeros: bool = False) -> str:
     """
 
 
-# As in attention over a packed cache: the odd channel is the byte's floor(byte / 16), in float32.
-UNPACK = """
-    sixteen = Constant <value_float = 16.0> ()
-    sixteenth = Constant <value_float = 0.0625> ()
-    byte = Cast <to = 1> (codes)
-    byte_sixteenth = Mul (byte, sixteenth)
-    odd = Floor (byte_sixteenth)
-    odd_sixteen = Mul (odd, sixteen)
-    even = Sub (byte, odd_sixteen)
-    even_column = Unsqueeze (even, last)
-    odd_column = Unsqueeze (odd, last)
-    pairs = Concat <axis = -1> (even_column, odd_column)
-    joined = Constant <value_ints = [0, 0, 0, -1]> ()
-    code = Reshape (pairs, joined)
-"""
+# --- The operators --------------------------------------------------------------------------------
 
-
-def dequantize_body(*, packed: bool) -> str:
-    """A cache of codes as floats, for an attention that reads floats."""
-    return f"""
-    last = Constant <value_ints = [-1]> ()
-    {UNPACK if packed else "code = Cast <to = 1> (codes)"}
-    scale_shape = Shape (scale)
-    grouped_shape = Concat <axis = 0> (scale_shape, last)
-    grouped = Reshape (code, grouped_shape)
-    scale_column = Unsqueeze (scale, last)
-    zero_column = Unsqueeze (zero, last)
-    centred = Sub (grouped, zero_column)
-    grouped_value = Mul (centred, scale_column)
-    shape = Shape (code)
-    value = Reshape (grouped_value, shape)
-    y = Cast <to: int = @dtype> (value)
-    """
+OPERATORS = (
+    Operator(
+        "QuantizeGroups",
+        ("x",),
+        ("q", "scale", "zero"),
+        ATTRIBUTES,
+        QUANTIZE_GROUPS,
+        quantize_groups,
+    ),
+    *(
+        Operator(
+            f"{name}Asymmetric",
+            _GEMM_INPUTS,
+            ("y",),
+            {"dtype": int},
+            gemm_asymmetric_body(halved=name == "Int8Gemm"),
+            gemm_asymmetric,
+        )
+        for name in ("Int4Gemm", "Int8Gemm")
+    ),
+    *(
+        Operator(
+            f"{name}Groups",
+            _GEMM_INPUTS,
+            ("y",),
+            {"group_size": int, "dtype": int},
+            gemm_groups_body(halved=name == "Int8Gemm"),
+            gemm_groups,
+        )
+        for name in ("Int4Gemm", "Int8Gemm")
+    ),
+    *(
+        Operator(
+            f"{name}WeightZeros",
+            (*_GEMM_INPUTS, "w_zero"),
+            ("y",),
+            {"group_size": int, "dtype": int},
+            gemm_groups_body(halved=name == "Int8Gemm", has_weight_zeros=True),
+            gemm_groups,
+        )
+        for name in ("Int4Gemm", "Int8Gemm")
+    ),
+)
