@@ -21,7 +21,7 @@ import onnx_ir.passes.common as common_passes
 
 from quarot_onnx import artifacts
 from quarot_onnx.calibration import Calibration, Journal
-from quarot_onnx.certificate import Certificate, Certifier, Restate
+from quarot_onnx.certificates import Certificate, Certifier, Restate
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UsageError
 from quarot_onnx.export.architectures import dimensions, load_config

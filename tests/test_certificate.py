@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from quarot_onnx.artifacts import load_manifest
-from quarot_onnx.certificate import Certificate
+from quarot_onnx.certificates import Certificate
+from quarot_onnx.certificates.interpreter import Section
 from quarot_onnx.errors import GateError
 from quarot_onnx.export.checkpoint import Checkpoint
-from quarot_onnx.interpreter import Section
 from quarot_onnx.passes.base import Pass
 from quarot_onnx.passes.fuse_r1 import FuseR1Pass
 from quarot_onnx.passes.insert_r4 import InsertR4Pass

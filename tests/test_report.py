@@ -14,7 +14,8 @@ from quarot_onnx.errors import InputError, MissingDependencyError, ResourceError
 from quarot_onnx.pages import byte_size, number
 from quarot_onnx.pipeline import export
 from quarot_onnx.recipe import load_recipe
-from quarot_onnx.report import (
+from quarot_onnx.report import report_artifact, write_report
+from quarot_onnx.report.content import (
     ModelFacts,
     PassEntry,
     Perplexity,
@@ -23,9 +24,7 @@ from quarot_onnx.report import (
     Size,
     Stage,
     Validation,
-    report_artifact,
     rotation_plan,
-    write_report,
 )
 from tests import models
 

@@ -29,7 +29,7 @@ from quarot_onnx.observation import (
     site_statistics,
     stream_map,
 )
-from quarot_onnx.pages import pooled
+from quarot_onnx.pages.figures import pooled
 from quarot_onnx.pipeline import export
 from quarot_onnx.recipe import Recipe, load_recipe
 from quarot_onnx.reference import HuggingFaceModel

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quarot_onnx.comparison.measure import Measured
-from quarot_onnx.pages import (
+from quarot_onnx.pages import number, render
+from quarot_onnx.pages.figures import (
     AFTER,
     BEFORE,
     FAINT,
@@ -20,15 +21,13 @@ from quarot_onnx.pages import (
     Float32,
     inline,
     matplotlib,
-    number,
-    render,
     surface_figure,
 )
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-_TEMPLATE = "comparison.html.jinja"
+_TEMPLATE = Path(__file__).parent / "comparison.html.jinja"
 _BITS = re.compile(r"W(\d+)A(\d+)KV(\d+)")
 _LINE = 0.17  # inches between two labels
 _CHOICES = 400  # rows of a recipe's choices on the page; all are in the JSON

@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every page shares: its template engine, how numbers are written, how figures are drawn.
+"""Figures of a page: inline SVG.
 
-Nothing is loaded from anywhere: the style is inline, figures are inline SVG in the page's colours,
-and a content security policy forbids the rest. Strings are escaped: a model's name is not ours.
+They are drawn in stand-in colours that become the page's CSS variables: one figure fits both
+themes.
 """
 
 import base64
 import io
-import math
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quarot_onnx.errors import MissingDependencyError, ResourceError
+from quarot_onnx.pages import missing
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -23,82 +21,7 @@ if TYPE_CHECKING:
 
 Float32 = NDArray[np.float32]
 
-_THIN = "\N{NARROW NO-BREAK SPACE}"
 _RIDGES, _COLUMNS = 48, 112  # of a drawn surface, at most
-
-
-# --- Text -----------------------------------------------------------------------------------------
-
-
-def render(template: str, **content: Any) -> str:
-    """The page of a template that stands beside this file.
-
-    Raises:
-        MissingDependencyError: Jinja2 is not installed.
-    """
-    try:
-        import jinja2  # noqa: PLC0415  # an extra
-    except ImportError as error:
-        raise _missing("jinja2", error) from error
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "size": byte_size, "seconds": _seconds}
-    return environment.get_template(template).render(**content)
-
-
-def write_page(path: Path, page: str) -> None:
-    """Write a page.
-
-    Raises:
-        ResourceError: `path` cannot be written.
-    """
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ResourceError(
-            f"{path}: cannot be written ({error.strerror}); choose another place"
-        ) from error
-
-
-def _missing(package: str, error: ImportError) -> MissingDependencyError:
-    return MissingDependencyError(
-        f'{package}: cannot be imported ({error}); pip install "quarot-onnx[report]"'
-    )
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """`value` with `digits` significant digits and a thin space between thousands."""
-    if value is None or math.isnan(value):
-        return "–" if value is None else "not a number"
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    if value != 0 and not 1e-3 <= abs(value) < 1e7:
-        return f"{value:.{digits - 1}e}"
-    places = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
-    return f"{value:,.{places}f}".replace(",", _THIN)
-
-
-def byte_size(count: float) -> str:
-    """`count` bytes in decimal units."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= max(scale, 1e4):
-            return f"{number(count / scale, 3)}\N{NO-BREAK SPACE}{unit}"
-    return f"{count:,.0f}".replace(",", _THIN) + "\N{NO-BREAK SPACE}bytes"
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 60:
-        return f"{number(seconds, 3)}\N{NO-BREAK SPACE}s"
-    return f"{int(seconds // 60)}\N{NO-BREAK SPACE}min {seconds % 60:02.0f}\N{NO-BREAK SPACE}s"
-
-
-# --- Figures --------------------------------------------------------------------------------------
-# Drawn in stand-in colours that become the page's CSS variables: one figure fits both themes.
 
 INK, FAINT, BEFORE, AFTER = "#010203", "#040506", "#070809", "#0a0b0c"
 _VARIABLES = {INK: "--muted", FAINT: "--line", BEFORE: "--before", AFTER: "--after"}
@@ -134,7 +57,7 @@ def matplotlib() -> Any:
         import matplotlib as mpl  # noqa: PLC0415  # an extra
         import matplotlib.ticker  # noqa: PLC0415
     except ImportError as error:
-        raise _missing("matplotlib", error) from error
+        raise missing("matplotlib", error) from error
     return mpl
 
 

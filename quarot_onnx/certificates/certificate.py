@@ -22,9 +22,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from quarot_onnx.certificates.interpreter import Array, Section
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import GateError
-from quarot_onnx.interpreter import Array, Section
 from quarot_onnx.weights import ArraySource, Float64, Step, Weight
 
 MULTIPLE = 2**10
