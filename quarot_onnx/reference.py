@@ -27,7 +27,7 @@ from torch.nn import functional
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import eager_mask
 
-from quarot_onnx.artifacts import MODEL, load_manifest
+from quarot_onnx.artifacts import MANIFEST, MODEL, load_manifest
 from quarot_onnx.errors import InputError, UnsupportedModelError
 from quarot_onnx.export.architectures import LLAMA_MODULES, dimensions, load_config
 from quarot_onnx.export.checkpoint import Checkpoint, read_json
@@ -576,11 +576,16 @@ def _fill(
     for index, decoder_layer in enumerate(model.model.layers):
         attention = decoder_layer.self_attn
         attention.quarot_settings, attention.quarot_r3 = settings, None
-        attention.quarot_roundings = {
-            kind: roundings[site]
-            for kind in ("key", "value")
-            if (site := f"model.layers.{index}.self_attn.cached_{kind}") in roundings
-        }
+        attention.quarot_roundings = {}
+        if settings.recipe.kv_cache.bits < 16:
+            for kind in ("key", "value"):
+                site = f"model.layers.{index}.self_attn.cached_{kind}"
+                if site not in roundings:
+                    raise InputError(
+                        f"{artifact / MANIFEST}: no pass records how {site} is rounded, at "
+                        f"kv_cache.bits = {settings.recipe.kv_cache.bits}; export again"
+                    )
+                attention.quarot_roundings[kind] = roundings[site]
         if (matrix := given.key(index)) is not None:
             turns = inverse(matrix).T, matrix
             attention.quarot_r3 = tuple(OnlineHadamard.given(turn) for turn in turns)
