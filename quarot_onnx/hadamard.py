@@ -325,15 +325,6 @@ class Plan:
         """
         return _rotate(x, axis, self.matrices(), self.size, self.padded_size)
 
-    def apply_inverse(self, x: NDArray[Float], axis: Literal[-1, 0] = -1) -> NDArray[Float]:
-        """Undoes ``apply``: x Rᵀ, from ``padded_size`` features to ``size``.
-
-        On the last axis: x [..., padded_size] -> x Rᵀ [..., size]. On axis 0 of a matrix:
-        W [padded_size, m] -> R W [size, m]. Dtypes and errors are those of ``apply``.
-        """
-        A, B = self.matrices()
-        return _rotate(x, axis, (A.T, B.T), self.padded_size, self.size)
-
 
 def plan(n: int, *, max_factor: int = MAX_FACTOR, policy: Policy = "block") -> Plan:
     """The cheapest full rotation of n features, or else what ``policy`` says.
@@ -470,7 +461,7 @@ def _rotate(
     in_size: int,
     out_size: int,
 ) -> NDArray[Float]:
-    """The product x (I ⊗ A ⊗ B) along an axis, with zeros appended first or the end cut off."""
+    """The product x (I ⊗ A ⊗ B) along an axis, with zeros appended first."""
     _require_float(x)
     if axis != -1 and (axis, x.ndim) != (0, 2):
         raise UnsupportedModelError(
@@ -490,8 +481,7 @@ def _rotate(
         widths[axis] = (0, out_size - in_size)
         x = np.pad(x, widths)
     after = 1 if axis == -1 else x.shape[1]
-    rotated = _mix(_mix(x, B, after), A, len(B) * after).reshape(x.shape)
-    return rotated[..., :out_size] if axis == -1 else rotated[:out_size]
+    return _mix(_mix(x, B, after), A, len(B) * after).reshape(x.shape)
 
 
 def _mix(x: NDArray[Float], M: NDArray[Float], after: int) -> NDArray[Float]:
