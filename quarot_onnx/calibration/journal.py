@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is finished of a calibrated run: arrays on disk, layer by layer, so that it can go on.
+"""What is finished of a calibrated run: arrays and records on disk, so that it can go on.
 
-A layer counts as finished when its record is in place, which is renamed there last. Arrays are
-memory-mapped: codes of a large model never lie in memory all at once.
+A part of the run (a layer, the steps of a training so far) counts as finished when its record is in
+place, which is renamed there last. Arrays are memory-mapped: codes of a large model never lie in
+memory all at once.
 """
 
 import json
@@ -22,7 +23,7 @@ _KEY = "run.json"
 
 
 class Journal:
-    """A directory of finished layers.
+    """A directory of finished parts.
 
     Without a directory it is a temporary one, which lives as long as this object.
     """
@@ -59,13 +60,13 @@ class Journal:
                 "version); remove it, or export without --resume"
             )
 
-    def record(self, layer: int) -> dict[str, Any] | None:
-        """What `finish` was given for `layer`; None where it is not finished."""
-        path = self._record(layer)
+    def record(self, part: str) -> dict[str, Any] | None:
+        """What `finish` was given last for `part`; None where it is not finished."""
+        path = self._record(part)
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
     def keep(self, name: str, array: NDArray[Any]) -> None:
-        """Store `array` under `name`, which is a weight's.
+        """Store `array` under `name`, such as a weight's.
 
         Raises:
             ResourceError: the disk is full.
@@ -84,12 +85,12 @@ class Journal:
         mapped: NDArray[Any] = np.load(self._array(name), mmap_mode="r")
         return mapped
 
-    def finish(self, layer: int, record: dict[str, Any]) -> None:
-        """Everything of `layer` has been kept; `record` is what the report says of it."""
-        _replace(self._record(layer), json.dumps(record))
+    def finish(self, part: str, record: dict[str, Any]) -> None:
+        """Everything of `part` has been kept; `record` is what there is to say of it."""
+        _replace(self._record(part), json.dumps(record))
 
-    def _record(self, layer: int) -> Path:
-        return self.directory / f"layer.{layer}.json"
+    def _record(self, part: str) -> Path:
+        return self.directory / f"{part}.record.json"
 
     def _array(self, name: str) -> Path:
         return self.directory / f"{name.replace('/', '.')}.npy"

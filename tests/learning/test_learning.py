@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from quarot_onnx.calibration import Calibration
+from quarot_onnx.calibration import Calibration, Journal
 from quarot_onnx.errors import InputError, UnsupportedModelError
 from quarot_onnx.learning import learn
 from quarot_onnx.learning.matrices import LearnedRotation
@@ -119,6 +119,42 @@ def test_the_loss_falls_and_two_runs_agree(hugging_face: HuggingFace) -> None:
     assert first.report == second.report
     for name, array in first.transforms.tensors.items():
         np.testing.assert_array_equal(array, second.transforms.tensors[name])
+
+
+@pytest.mark.parametrize("broken", [26, 60])
+def test_a_broken_training_goes_on_to_the_same_matrices(
+    hugging_face: HuggingFace, tmp_path: Path, broken
+) -> None:
+    recipe = _recipe(steps=60)
+    steps: list[int] = []
+
+    def interrupt(done: int, _: int) -> None:
+        steps.append(done)
+        if done == broken:
+            raise KeyboardInterrupt
+
+    journal = tmp_path / "journal"
+    with pytest.raises(KeyboardInterrupt):
+        learn(
+            hugging_face("llama"),
+            recipe,
+            CALIBRATION,
+            journal=Journal(journal),
+            progress=interrupt,
+        )
+    steps.clear()
+    found = learn(
+        hugging_face("llama"),
+        recipe,
+        CALIBRATION,
+        journal=Journal(journal),
+        progress=lambda done, _: steps.append(done),
+    )
+    assert steps == list(range(26 if broken == 26 else 61, 61))
+    unbroken = learn(hugging_face("llama"), recipe, CALIBRATION)
+    assert found.report == unbroken.report
+    for name, array in unbroken.transforms.tensors.items():
+        np.testing.assert_array_equal(found.transforms.tensors[name], array)
 
 
 def test_a_learned_export_is_hugging_faces_function(
