@@ -346,13 +346,12 @@ def baselines(
         KvCache,
         Recipe,
         Rotations,
-        Weights,
     )
 
     recipe = Recipe.model_validate(manifest["recipe"])
     if recipe.is_calibrated:
         recipe = Recipe(
-            weights=Weights(bits=recipe.weights.bits),
+            weights=recipe.weights.uncalibrated(),
             activations=Activations(bits=recipe.activations.bits),
             kv_cache=KvCache(bits=recipe.kv_cache.bits, io=recipe.kv_cache.io),
         )

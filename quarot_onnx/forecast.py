@@ -4,7 +4,7 @@
 Nothing is traced and no weight is read, so the answer comes at once, on a machine without torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -129,7 +129,7 @@ def forecast(checkpoint: Checkpoint, recipe: Recipe, dtype: str) -> Forecast:
         parameters=parameters,
         sites=tuple(_sites(recipe, sizes)),
         weight_bytes=_stored(linear_count, recipe.weights.bits, dtype)
-        + (4 * sum(rows for rows, _ in matrices) if recipe.weights.bits < 16 else 0),
+        + (_scale_bytes(recipe, matrices) if recipe.weights.bits < 16 else 0),
         float_bytes=(2 * embedding + vectors + routers) * FLOAT_BYTES[dtype],
         cache_bytes_per_token=2
         * layers
@@ -138,6 +138,15 @@ def forecast(checkpoint: Checkpoint, recipe: Recipe, dtype: str) -> Forecast:
         float_cache_bytes_per_token=2 * layers * sizes.num_kv_heads * sizes.head_dim * 4,
         peak_memory_bytes=_RUNTIME_BYTES + 24 * max((_count(m) for m in matrices), default=0),
     )
+
+
+def _scale_bytes(recipe: Recipe, matrices: Iterable[tuple[int, int]]) -> int:
+    """Of the scales, and of the zero points where they are stored, of matrices [out, in]."""
+    form = recipe.weights.form
+    scales = sum(rows * (columns // form.rows(columns)) for rows, columns in matrices)
+    is_float = recipe.activations.bits == 16
+    has_zeros = not form.symmetric or (is_float and not form.is_per_channel)
+    return (5 if has_zeros else 4) * scales
 
 
 def _matrices(checkpoint: Checkpoint) -> Iterator[tuple[int, int]]:

@@ -43,7 +43,7 @@ class LinearRow:
         activation_bits: bits of the codes it multiplies; the float dtype's where it is not
         quantized.
         rotation: the online rotation in front of it, with factors.
-        bytes: of the weight and its scales.
+        bytes: of the weight, its scales and its zero points.
     """
 
     layer: int | None
@@ -124,7 +124,7 @@ def _linear(node: ir.Node) -> LinearRow | None:
         return None
     module = (node.name or "").strip("/").rpartition("/")[0]
     match = re.match(r"(?:.*/)?layers\.(\d+)/(.*)", module)
-    scale = node.inputs[position + 1] if node.domain == DOMAIN and position is not None else None
+    stored = [value for value in node.inputs[position:] if value is not None]
     in_features, out_features = weight.shape.numpy()
     return LinearRow(
         layer=int(match[1]) if match else None,
@@ -134,7 +134,7 @@ def _linear(node: ir.Node) -> LinearRow | None:
         weight_bits=_BITS.get(weight.dtype or ir.DataType.FLOAT, 32),
         activation_bits=_activation_bits(node),
         rotation=_rotation(node),
-        bytes=sum(v.const_value.nbytes for v in (weight, scale) if v is not None and v.const_value),
+        bytes=sum(value.const_value.nbytes for value in stored if value.const_value is not None),
     )
 
 

@@ -148,6 +148,16 @@ class Weights(_Spec):
         """Whether the method needs calibration text."""
         return self.method != "rtn"
 
+    def uncalibrated(self) -> "Weights":
+        """Round to nearest in the same form."""
+        return Weights(
+            bits=self.bits,
+            symmetric=self.symmetric,
+            group_size=self.group_size,
+            clip_search=self.clip_search,
+            down_proj_bits=self.down_proj_bits,
+        )
+
     @property
     def form(self) -> Form:
         """How a weight is stored."""
@@ -271,10 +281,12 @@ class Recipe(_Spec):
                 f"activations.down_proj_bits = {self.activations.down_proj_bits} with float "
                 "activations; set activations.bits below 16"
             )
-        if self.activations.bits < 16 and not self.weights.form.is_per_channel:
+        is_sparse = self.weights.sparsity != "none"
+        if self.activations.bits < 16 and is_sparse and self.weights.group_size:
             raise ValueError(
-                f"activations.bits = {self.activations.bits} with weights that have groups or zero "
-                "points; integer products need weights.symmetric = true and weights.group_size = 0"
+                f"weights.sparsity = {self.weights.sparsity} with weights.group_size = "
+                f"{self.weights.group_size}; sparse integer products have a scale per output "
+                "channel, set weights.group_size = 0"
             )
         if self.outliers.share > 0 and self.outliers.threshold > 0:
             raise ValueError(

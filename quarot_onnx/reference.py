@@ -11,6 +11,7 @@ which `quarot_onnx.validate` answers by comparing weights.
 Both are `quarot_onnx.runtime.CausalModel`s.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -273,8 +274,8 @@ class CodeLinear(torch.nn.Module):
     """A linear over integer codes: rotate online, quantize, multiply exactly, scale.
 
     Args:
-        weight: codes, or floats where `scale` is None; [out, in].
-        scale: of each output [out].
+        weight: codes without their zero points, or floats where `scale` is None; [out, in].
+        scale: of each output [out], or of groups of its inputs [groups, out].
         bias: [out] or None.
         rotate: in front, or None.
         rounding: of the input, or None.
@@ -302,20 +303,35 @@ class CodeLinear(torch.nn.Module):
             x = self.rotate(x)
         if self.rounding is not None and self.settings.is_quantizing:
             y = self._product(*_rounded(x, self.rounding), self.rounding)
+        elif self.scale is not None and self.scale.dim() == 2:
+            y = functional.linear(x, self.weight * self._by_part(self.weight.shape[1]).T)
         else:
             y = functional.linear(x, self.weight)
-        if self.scale is not None:
+        if self.scale is not None and self.scale.dim() == 1:
             y = y * self.scale
         return y if self.bias is None else y + self.bias
 
+    def _by_part(self, parts: int) -> torch.Tensor:
+        """The scales [groups, out] for each of `parts` equal parts of the inputs; [parts, out]."""
+        assert self.scale is not None
+        return self.scale.repeat_interleave(parts // len(self.scale), dim=0)
+
     def _product(self, codes: torch.Tensor, step: torch.Tensor, rounding: Rounding) -> torch.Tensor:
-        """Codes [..., groups, size] with their step [..., groups, 1] -> [..., out]."""
-        largest_weight = 2 ** (self.settings.recipe.weights.bits - 1)
-        largest = 2**rounding.bits * largest_weight * rounding.group_size
+        """Codes [..., groups, size] with their step [..., groups, 1] -> [..., out].
+
+        Parts that have one scale of the weight and one step are summed exactly.
+        """
+        is_grouped = self.scale is not None and self.scale.dim() == 2
+        out_features, in_features = self.weight.shape
+        of_weight = in_features // len(self.scale) if is_grouped else in_features  # type: ignore[arg-type]
+        size = math.gcd(rounding.group_size, of_weight)
+        largest = 2 ** (rounding.bits + self.settings.recipe.weights.most_bits) * size
         exact = torch.float32 if largest < _EXACT_FLOAT32 else torch.float64
-        weight = self.weight.to(exact).reshape(len(self.weight), -1, rounding.group_size)
-        sums = torch.einsum("...gi,ogi->...go", codes.to(exact), weight)
-        return (sums.float() * step).sum(dim=-2)
+        weight = self.weight.to(exact).reshape(out_features, -1, size)
+        parts = codes.to(exact).reshape(*codes.shape[:-2], -1, size)
+        sums = torch.einsum("...gi,ogi->...go", parts, weight).float()
+        sums = sums * step.repeat_interleave(rounding.group_size // size, dim=-2)
+        return (sums * self._by_part(in_features // size) if is_grouped else sums).sum(dim=-2)
 
 
 def _quantize_cache(x: torch.Tensor, rounding: Rounding) -> torch.Tensor:
@@ -535,9 +551,13 @@ def _fill(
             continue
         weight = f"{name}.weight"
         scale = f"{weight}_scale" if f"{weight}_scale" in initializers else None
+        codes = _tensor(initializers, weight, artifact)
+        if f"{weight}_zero" in initializers:
+            zero = _tensor(initializers, f"{weight}_zero", artifact)
+            codes = (codes.reshape(len(zero), -1, zero.shape[1]) - zero[:, None]).flatten(0, 1)
         parent, _, last = name.rpartition(".")
         replacement = CodeLinear(
-            _tensor(initializers, weight, artifact).T.contiguous(),
+            codes.T.contiguous(),
             None if scale is None else _tensor(initializers, scale, artifact),
             None if module.bias is None else _tensor(initializers, f"{name}.bias", artifact),
             online.get(name),

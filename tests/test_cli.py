@@ -94,11 +94,15 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "overrides", [(), ("weights.group_size=16",), ("weights.symmetric=false", "weights.bits=8")]
+)
 def test_a_dry_run_forecasts_the_sizes_that_the_export_has(
-    run: Run, hugging_face: HuggingFace, exported: Exported
+    run: Run, hugging_face: HuggingFace, exported: Exported, overrides: tuple[str, ...]
 ) -> None:
-    plan = json.loads(run("export", hugging_face("llama"), "unused", "--dry-run", "--json").out)
-    artifact = exported("llama", "w4a4kv4")
+    options = ["--dry-run", "--json", *(f"--set={override}" for override in overrides)]
+    plan = json.loads(run("export", hugging_face("llama"), "unused", *options).out)
+    artifact = exported("llama", "w4a4kv4", overrides)
     stored = (artifact / "model.onnx_data").stat().st_size
     assert plan["weight_bytes"] + plan["float_bytes"] == pytest.approx(stored, rel=0.02)
     found = json.loads(run("inspect", artifact, "--json").out)

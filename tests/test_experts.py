@@ -226,11 +226,17 @@ def test_experts_that_do_not_fit_the_configuration_are_refused(
     assert str(source) in str(caught.value)
 
 
-@each_mixture
-def test_experts_read_asymmetric_groups_of_rows_that_were_rounded_once(
-    exported: Exported, family
+GROUPS = ("activations.mode=asymmetric", "activations.group_size=24", "activations.bits=8")
+WEIGHT_GROUPS = ("weights.symmetric=false", "weights.group_size=24")
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [*((family, GROUPS) for family in models.EXPERT_FAMILIES), ("mixtral", WEIGHT_GROUPS)],
+)
+def test_experts_read_groups_of_rows_that_were_rounded_once(
+    exported: Exported, family, overrides
 ) -> None:
-    overrides = ("activations.mode=asymmetric", "activations.group_size=24", "activations.bits=8")
     artifact = exported(family, "w8a8kv8", overrides)
     usual = running.Decoding(exported(family, "w8a8kv8") / "model.onnx", 2)(TOKENS)
     found = running.Decoding(artifact / "model.onnx", 2)(TOKENS)

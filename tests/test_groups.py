@@ -130,7 +130,13 @@ class _Product:
     """A GEMM with its weight as initializers, which is how artifacts hold it."""
 
     def __init__(
-        self, name: str, w: Array, w_scale: Array, dtype: ir.DataType, attributes: dict[str, Any]
+        self,
+        name: str,
+        w: Array,
+        w_scale: Array,
+        dtype: ir.DataType,
+        attributes: dict[str, Any],
+        w_zero: Array | None = None,
     ) -> None:
         inputs = [
             ir.Value(name="q", type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape(["m", len(w)]))
@@ -140,7 +146,9 @@ class _Product:
             for part in ("scale", "zero")
         ]
         held = []
-        for key, array in (("w", w), ("w_scale", w_scale)):
+        for key, array in (("w", w), ("w_scale", w_scale), ("w_zero", w_zero)):
+            if array is None:
+                continue
             tensor = ir.tensor(array, name=key)
             value = ir.Value(name=key, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
             value.const_value = tensor
@@ -204,6 +212,70 @@ def test_products_equal_their_reference_bit_for_bit(
         np.testing.assert_array_equal(product(*codes, optimized=optimized), expected)
 
 
+@given(
+    tokens=st.integers(1, 5),
+    sizes=st.sampled_from([(4, 1, 1, 1), (4, 4, 4, 2), (2, 6, 2, 3), (86, 8, 1, 8), (32, 6, 3, 2)]),
+    out_features=st.integers(1, 40),
+    bits=st.sampled_from([(3, 2), (4, 4), (6, 6), (8, 8), (4, 8), (8, 4), (7, 5), (4, 7)]),
+    symmetric=_SYMMETRIC,
+    has_zeros=st.booleans(),
+    dtype=st.sampled_from([FLOAT32, FLOAT16]),
+    optimized=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=80, deadline=None)
+def test_products_with_weights_in_groups_are_exact_in_every_group(
+    tokens, sizes, out_features, bits, symmetric, has_zeros, dtype, optimized, seed
+) -> None:
+    """Activation groups and weight groups of other sizes than the parts that are summed."""
+    rng = np.random.default_rng(seed)
+    (size, parts, of_token, of_weight), (bits_a, bits_w) = sizes, bits
+    features, top = size * parts, 2 ** (bits_w - 1)
+    x = _rows(seed, tokens, features, shift=1.0)
+    codes = groups.quantize_groups(
+        x, bits=bits_a, clip_ratio=0.9, group_size=features // of_token, symmetric=symmetric
+    )
+    w = rng.integers(-top, top, (features, out_features))
+    w_scale = rng.uniform(1e-4, 1e-2, (of_weight, out_features)).astype(np.float32)
+    zero = rng.integers(-top, top, w_scale.shape).astype(np.int8) if has_zeros else None
+    name = f"Int{4 if max(bits) <= 6 else 8}Gemm{'WeightZeros' if has_zeros else 'Groups'}"
+    product = _Product(name, _stored(w, bits_w), w_scale, dtype, {"group_size": size}, zero)
+    found = product(*codes, optimized=optimized)
+
+    expected = groups.gemm_groups(*codes, w, w_scale, zero, group_size=size, dtype=dtype.numpy())
+    np.testing.assert_array_equal(found, expected)
+    by_row = np.repeat(w_scale.astype(np.float64), features // of_weight, axis=0)
+    zeros = 0 if zero is None else np.repeat(zero.astype(int), features // of_weight, axis=0)
+    values = groups.group_values(*codes).astype(np.float64)
+    plain = values @ ((w - zeros) * by_row)
+    magnitude = np.abs(values) @ np.abs((w - zeros) * by_row)
+    whole = groups.gemm_groups(*codes, w, w_scale, zero, group_size=size)
+    assert np.all(np.abs(whole - plain) <= 1e-6 * magnitude)
+
+
+@pytest.mark.parametrize("optimized", [True, False], ids=["optimized", "unoptimized"])
+@pytest.mark.parametrize("bits", [(4, 4), (6, 6), (8, 8), (8, 4), (4, 8), (3, 7)], ids=str)
+def test_sums_of_extreme_codes_and_zero_points_of_weights_are_exact(bits, optimized) -> None:
+    bits_a, bits_w = bits
+    rng = np.random.default_rng(0)
+    last, top, features = 2**bits_a - 1, 2 ** (bits_w - 1), 4096
+    q = rng.choice([0, last], size=(5, features)).astype(np.uint8)
+    q[0], q[1] = last, 0
+    w = rng.choice([-top, top - 1], size=(features, 9))
+    w[:, 0], w[:, 1] = -top, top - 1
+    w_zero = rng.choice([-top, top - 1, 0], size=(1, 9)).astype(np.int8)
+    w_zero[0, :2] = top - 1, -top
+    zero = np.array([0, last, last, last // 2, 1], np.float32)[:, None]
+    exact = (q.astype(np.int64) - zero.astype(np.int64)) @ (w - w_zero.astype(np.int64))
+    assert np.abs(exact).max() == features * last * (2 * top - 1)
+    name = f"Int{4 if max(bits) <= 6 else 8}GemmWeightZeros"
+    ones, channel = np.ones((5, 1), np.float32), np.ones((1, 9), np.float32)
+    options = {"group_size": features}
+    product = _Product(name, _stored(w, bits_w), channel, FLOAT32, options, w_zero)
+    found = product(q, ones, zero, optimized=optimized)
+    np.testing.assert_array_equal(found, exact.astype(np.float32))
+
+
 @pytest.mark.parametrize("optimized", [True, False], ids=["optimized", "unoptimized"])
 @pytest.mark.parametrize("features", [2, 64, 4096])
 @pytest.mark.parametrize("bits", [(4, 4), (6, 6), (8, 8), (8, 4), (4, 8), (3, 7)], ids=str)
@@ -237,6 +309,15 @@ def test_products_keep_leading_axes() -> None:
     (y,) = run("Int4GemmGroups", *codes, w, w_scale, group_size=4, dtype=int(FLOAT32))
     assert y.shape == (2, 3, 5)
     np.testing.assert_array_equal(y, groups.gemm_groups(*codes, w, w_scale, group_size=4))
+    one = np.ones((2, 5), np.int8)
+    for name in ("Int4GemmWeightZeros", "Int8GemmWeightZeros"):
+        for count in (2, 0):  # an expert may get no token
+            few = [part[:count] for part in codes]
+            scales = np.ones((2, 5), np.float32)
+            (y,) = run(name, *few, w, scales, one, group_size=4, dtype=int(FLOAT32))
+            assert y.shape == (count, 3, 5)
+            expected = groups.gemm_groups(*few, w, scales, one, group_size=4)
+            np.testing.assert_array_equal(y, expected)
     codes = groups.quantize_groups(x, bits=4, clip_ratio=1.0, group_size=16, symmetric=0)
     (y,) = run("Int4GemmAsymmetric", *codes, w, w_scale, dtype=int(FLOAT32))
     np.testing.assert_array_equal(y, groups.gemm_asymmetric(*codes, w, w_scale))

@@ -558,6 +558,13 @@ def _cases() -> dict[str, tuple[list[Array], dict[str, Any]]]:
         "Int8GemmAsymmetric": ([q_token, *by_token, w, w_scale], {"dtype": 1}),
         "Int4GemmGroups": ([q_group, *by_group, w, w_scale], {"group_size": 4, "dtype": 1}),
         "Int8GemmGroups": ([q_group, *by_group, w, w_scale], {"group_size": 4, "dtype": 1}),
+        **{
+            f"{name}WeightZeros": (
+                [q_group, *by_group, w, grouped_scale, grouped_zero],
+                {"group_size": 4, "dtype": 1},
+            )
+            for name in ("Int4Gemm", "Int8Gemm")
+        },
         "KvAppendGroups": ([new, *past], groups | {"bits": 3}),
         "KvAppendGroupsInt8": ([new, *past8], groups | {"bits": 8}),
         "KvFakeQuantizeGroups": ([new], groups | {"bits": 5}),

@@ -104,8 +104,9 @@ def test_the_last_override_wins() -> None:
         ("=4", "--set =4: not KEY=VALUE"),
         ("rotations.fold_norm_scale=false", "rotations.r1 needs rotations.fold_norm_scale = true"),
         (
-            "weights.group_size=32",
-            "activations.bits = 4 with weights that have groups or zero points",
+            'weights={method="obr", sparsity="50%", group_size=32}',
+            "weights.sparsity = 50% with weights.group_size = 32; sparse integer products have a "
+            "scale per output channel, set weights.group_size = 0",
         ),
         ("weights={act_order=true, group_size=32}", "act_order visits the groups in turn"),
         ("weights.bits=16", "activations.bits = 4 with float weights"),

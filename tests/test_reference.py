@@ -171,6 +171,29 @@ def test_linears_over_codes_with_zero_points_and_groups(
     assert np.mean(np.abs(found - expected) > 1e-5) < 0.05  # rows with a code that a tie turns
 
 
+@pytest.mark.parametrize("weight_groups", [1, 2, 8])
+@pytest.mark.parametrize("group_size", [64, 16])
+def test_linears_over_codes_with_weights_in_groups(group_size: int, weight_groups: int) -> None:
+    rng = np.random.default_rng(weight_groups)
+    codes = rng.integers(-8, 8, (64, 8))
+    scale = rng.uniform(0.01, 0.02, (weight_groups, 8)).astype(np.float32)
+    zero = rng.integers(-8, 8, scale.shape)
+    x = rng.normal(0.5, 1, (30, 64)).astype(np.float32)
+    rounding = Rounding(4, False, 0.8, group_size)
+    centred = codes - np.repeat(zero, 64 // weight_groups, axis=0)
+    weight = torch.from_numpy(centred.T.astype(np.float32))
+    settings = Settings(Recipe())
+    linear = CodeLinear(weight, torch.from_numpy(scale), None, None, rounding, settings)
+    q = groups.quantize_groups(x, **rounding.attributes)
+    size = min(group_size, 64 // weight_groups)
+    expected = groups.gemm_groups(*q, codes, scale, zero, group_size=size)
+    found = linear(torch.from_numpy(x)).numpy()
+    assert np.mean(np.abs(found - expected) > 1e-5) < 0.05  # rows with a code that a tie turns
+    settings.is_quantizing = False
+    plain = ops.weight_only_gemm_groups(x, codes, scale, zero)
+    np.testing.assert_allclose(linear(torch.from_numpy(x)).numpy(), plain, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_cached_values_are_those_of_the_operator(bits: int) -> None:
     x = np.random.default_rng(0).normal(size=(2, 3, 50, 16)).astype(np.float32)

@@ -511,11 +511,35 @@ GENERAL = (
 )
 
 
-def test_passes_a_model_with_zero_points_groups_and_a_symmetric_cache(
-    exported: Exported, hugging_face: HuggingFace
+WEIGHT_GROUPS = ("weights.symmetric=false", "weights.group_size=24")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ("w4a4kv4", GENERAL),
+        ("w4a4kv4", (*GENERAL, *WEIGHT_GROUPS)),
+        ("w4a4kv4", ("weights.group_size=32",)),
+        ("w8a8kv8", WEIGHT_GROUPS),
+        ("w4a16", WEIGHT_GROUPS),
+    ],
+)
+def test_passes_a_model_with_zero_points_and_groups(
+    exported: Exported, hugging_face: HuggingFace, recipe: str, overrides: tuple[str, ...]
 ) -> None:
-    artifact = exported("qwen2-biases", "w4a4kv4", GENERAL)
+    artifact = exported("qwen2-biases", recipe, overrides)
     assert not failed(validate(artifact, hugging_face("qwen2-biases"), threads=1))
+
+
+@pytest.mark.parametrize("kind", ["scale", "zero"])
+def test_finds_swapped_scales_and_zero_points_of_groups(
+    exported: Exported, hugging_face: HuggingFace, tmp_path: Path, kind: str
+) -> None:
+    source = exported("qwen2-biases", "w4a4kv4", (*GENERAL, *WEIGHT_GROUPS))
+    planted = Planted(Path(shutil.copytree(source, tmp_path / "artifact")))
+    names = [f"model.layers.{i}.mlp.up_proj.weight_{kind}" for i in (0, 2)]
+    planted.swap_data(*names)
+    assert "weights" in failed(validate(planted.save(), hugging_face("qwen2-biases"), threads=1))
 
 
 @pytest.mark.parametrize(

@@ -78,26 +78,48 @@ def gemm_groups(
     zero: Float32,
     w: Array,
     w_scale: Float32,
+    w_zero: Array | None = None,
     *,
     group_size: int,
     dtype: Any = np.float32,
 ) -> Array:
-    """Each group's ``(q - zero) @ w`` exactly, scaled in float32, added up from the first group on.
+    """``(q - zero) @ (w - w_zero)`` of each group of features, scaled, added from the first group.
 
-    q [..., k], scale and zero [..., k / group_size] or [..., 1], w [k, n] signed codes, w_scale [n]
-    or [k / group_size, n] -> [..., n], rounded once to dtype.
+    A group's sum is exact, its product with the two scales is float32, and the total is rounded
+    once to dtype. The scales of either side may be those of coarser groups.
+
+    Args:
+        q: codes [..., k].
+        scale: [..., groups of q], a number that divides k / group_size.
+        zero: like scale.
+        w: signed codes [k, n].
+        w_scale: [n] or [groups of w, n], a number that divides k / group_size.
+        w_zero: zero points [groups of w, n]; None where they are 0.
+        group_size: features that are summed before they are scaled.
+        dtype: of the result.
+
+    Returns:
+        [..., n].
     """
     *leading, features = q.shape
-    groups = features // group_size
+    groups, columns = features // group_size, w.shape[1]
     rows = q.astype(np.int64).reshape(-1, groups, group_size).swapaxes(0, 1)
-    by_group = [part.reshape(-1, part.shape[-1]).T[..., None] for part in (scale, zero)]
-    centred = rows - by_group[1].astype(np.int64)  # [groups, rows, group_size]
-    accumulator = centred @ w.astype(np.int64).reshape(groups, group_size, -1)
-    scaled = (accumulator.astype(np.float32) * by_group[0]) * w_scale.reshape(-1, 1, w.shape[1])
+    of_token = [  # [groups, rows, 1]
+        np.repeat(part.reshape(-1, part.shape[-1]).T[..., None], groups // part.shape[-1], axis=0)
+        for part in (scale, zero)
+    ]
+    of_column = w_scale.reshape(-1, 1, columns)  # [groups, 1, n]
+    of_column = np.repeat(of_column, groups // len(of_column), axis=0)
+    weights = w.astype(np.int64).reshape(groups, group_size, columns)
+    if w_zero is not None:
+        by_group = w_zero.astype(np.int64)[:, None]
+        weights = weights - np.repeat(by_group, groups // len(by_group), axis=0)
+    accumulator = (rows - of_token[1].astype(np.int64)) @ weights
+    scaled = (accumulator.astype(np.float32) * of_token[0]) * of_column
     total: Array = scaled[0]
     for part in scaled[1:]:
         total = total + part
-    return total.reshape(*leading, w.shape[1]).astype(dtype)
+    return total.reshape(*leading, columns).astype(dtype)
 
 
 def fake_quantize_groups(
@@ -217,15 +239,54 @@ def gemm_asymmetric_body(*, halved: bool) -> str:
     """
 
 
-def gemm_groups_body(*, halved: bool) -> str:
-    """One product per group: [groups, rows, group_size] by [groups, group_size, n]."""
+# A zero point of the weight is taken off its codes, which are constants, where the difference is an
+# int8 (up to 7 bits, hence in every whole product).
+_CENTRED_WEIGHT = """
+    w_int = Cast <to = 6> (w)
+    w_zero_int = Cast <to = 6> (w_zero)
+    w_zero_rows = Unsqueeze (w_zero_int, one)
+    zero_groups = Shape <end = 1> (w_zero)
+    by_zero_shape = Concat <axis = 0> (zero_groups, last, columns)
+    by_zero = Reshape (w_int, by_zero_shape)
+    w_centred = Sub (by_zero, w_zero_rows)
+    w8 = Cast <to = 3> (w_centred)
+"""
+
+# Elsewhere it acts on the sums: ``sum (q - z) (w - wz) = sum (q - z) w - wz sum (q - z)``.
+_CENTRED_SUMS = """
+    two = Constant <value_ints = [2]> ()
+    q32 = Cast <to = 6> (q_groups)
+    code_sums = ReduceSum <keepdims = 1> (q32, two)
+    token_sums_shape = Concat <axis = 0> (token_parts, rows, one)
+    code_sums_by_token = Reshape <allowzero = 1> (code_sums, token_sums_shape)
+    group_size32 = Cast <to = 6> (group_size)
+    zero_sums = Mul (zero_groups_of_token, group_size32)
+    row_sums = Sub (code_sums_by_token, zero_sums)
+    channel_sums_shape = Concat <axis = 0> (channel_parts, rows, one)
+    row_sums_by_channel = Reshape <allowzero = 1> (row_sums, channel_sums_shape)
+    w_zero_int = Cast <to = 6> (w_zero)
+    w_zero_groups = Reshape (w_zero_int, channel_shape)
+    w_zero_share = Mul (row_sums_by_channel, w_zero_groups)
+    w_zero_share_by_token = Reshape <allowzero = 1> (w_zero_share, by_token_shape)
+    accumulator = Sub (sums, w_zero_share_by_token)
+"""
+
+
+def gemm_groups_body(*, halved: bool, has_weight_zeros: bool = False) -> str:
+    """One product per group: [groups, rows, group_size] by [groups, group_size, n].
+
+    Scales of coarser groups meet the products of their parts in a fourth axis: [groups of a scale,
+    parts of a group, rows, n]. There may be no rows (an expert's), hence ``allowzero``.
+    """
+    is_in_codes, is_in_sums = has_weight_zeros and not halved, has_weight_zeros and halved
     return f"""
     last = Constant <value_ints = [-1]> ()
+    first = Constant <value_ints = [0]> ()
     one = Constant <value_ints = [1]> ()
     group_size_int = Constant <value_int: int = @group_size> ()
     group_size = Reshape (group_size_int, last)
-    w8 = Cast <to = 3> (w)
-    columns = Shape <start = -1> (w8)
+    columns = Shape <start = -1> (w_scale)
+    {_CENTRED_WEIGHT if is_in_codes else "w8 = Cast <to = 3> (w)"}
     w_shape = Concat <axis = 0> (last, group_size, columns)
     w_groups = Reshape (w8, w_shape)
     groups = Shape <end = 1> (w_groups)
@@ -233,27 +294,41 @@ def gemm_groups_body(*, halved: bool) -> str:
     q_rows = Reshape (q, q_shape)
     q_groups = Transpose <perm = [1, 0, 2]> (q_rows)
     {_product("q_groups", "w_groups", halved=halved)}
+    rows = Shape <start = 1, end = 2> (product)
+    scales_of_token = Shape <start = -1> (scale)
+    parts_of_token = Div (groups, scales_of_token)
+    token_parts = Concat <axis = 0> (scales_of_token, parts_of_token)
+    channel_shape = Concat <axis = 0> (last, one, one, columns)
+    w_scale_groups = Reshape (w_scale, channel_shape)
+    scales_of_channel = Shape <end = 1> (w_scale_groups)
+    parts_of_channel = Div (groups, scales_of_channel)
+    channel_parts = Concat <axis = 0> (scales_of_channel, parts_of_channel)
     w32 = Cast <to = 6> (w_groups)
     group_sums = ReduceSum <keepdims = 1> (w32, one)
-    scale_width = Shape <start = -1> (scale)
-    scale_shape = Concat <axis = 0> (last, scale_width, one)
-    scale_rows = Reshape (scale, scale_shape)
-    scale_groups = Transpose <perm = [1, 0, 2]> (scale_rows)
+    group_sums_shape = Concat <axis = 0> (token_parts, one, columns)
+    group_sums_by_token = Reshape (group_sums, group_sums_shape)
+    token_shape = Concat <axis = 0> (last, scales_of_token, one, one)
     zero_int = Cast <to = 6> (zero)
-    zero_rows = Reshape (zero_int, scale_shape)
-    zero_groups = Transpose <perm = [1, 0, 2]> (zero_rows)
-    zero_share = Mul (zero_groups, group_sums)
-    accumulator = Sub (product, zero_share)
+    zero_rows = Reshape (zero_int, token_shape)
+    zero_groups_of_token = Transpose <perm = [1, 2, 0, 3]> (zero_rows)
+    zero_share = Mul (zero_groups_of_token, group_sums_by_token)
+    by_token_shape = Concat <axis = 0> (token_parts, rows, columns)
+    product_by_token = Reshape <allowzero = 1> (product, by_token_shape)
+    {"sums" if is_in_sums else "accumulator"} = Sub (product_by_token, zero_share)
+    {_CENTRED_SUMS if is_in_sums else ""}
     accumulator32 = Cast <to = 1> (accumulator)
+    scale_rows = Reshape (scale, token_shape)
+    scale_groups = Transpose <perm = [1, 2, 0, 3]> (scale_rows)
     by_token = Mul (accumulator32, scale_groups)
-    w_scale_shape = Concat <axis = 0> (last, one, columns)
-    w_scale_groups = Reshape (w_scale, w_scale_shape)
-    by_channel = Mul (by_token, w_scale_groups)
-    first = Constant <value_ints = [0]> ()
-    total = ReduceSum <keepdims = 0> (by_channel, first)
+    by_channel_shape = Concat <axis = 0> (channel_parts, rows, columns)
+    by_token_of_channel = Reshape <allowzero = 1> (by_token, by_channel_shape)
+    by_channel = Mul (by_token_of_channel, w_scale_groups)
+    by_group_shape = Concat <axis = 0> (groups, rows, columns)
+    by_group = Reshape <allowzero = 1> (by_channel, by_group_shape)
+    total = ReduceSum <keepdims = 0> (by_group, first)
     leading = Shape <end = -1> (q)
     y_shape = Concat <axis = 0> (leading, columns)
-    y32 = Reshape (total, y_shape)
+    y32 = Reshape <allowzero = 1> (total, y_shape)
     y = Cast <to: int = @dtype> (y32)
     """
 
@@ -287,6 +362,17 @@ OPERATORS = (
             ("y",),
             {"group_size": int, "dtype": int},
             gemm_groups_body(halved=name == "Int8Gemm"),
+            gemm_groups,
+        )
+        for name in ("Int4Gemm", "Int8Gemm")
+    ),
+    *(
+        Operator(
+            f"{name}WeightZeros",
+            (*_GEMM_INPUTS, "w_zero"),
+            ("y",),
+            {"group_size": int, "dtype": int},
+            gemm_groups_body(halved=name == "Int8Gemm", has_weight_zeros=True),
             gemm_groups,
         )
         for name in ("Int4Gemm", "Int8Gemm")

@@ -106,7 +106,10 @@ def _quantize_activations(
     searched: list[QuantizeActivationsPass | QuantizeKvCachePass] = []
     if (activations := recipe.activations).bits < 16:
         choose, bits = roundings.of_activations, recipe.weights.most_bits
-        quantized.append(QuantizeActivationsPass(decoder, choose, weight_bits=bits))
+        zeros = not recipe.weights.symmetric
+        quantized.append(
+            QuantizeActivationsPass(decoder, choose, weight_bits=bits, weight_zeros=zeros)
+        )
         searched += quantized if activations.clip == "perplexity" else []
     if (cache := recipe.kv_cache).bits < 16:
         choose, form = roundings.of_cache, cache.io

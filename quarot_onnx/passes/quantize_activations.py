@@ -6,14 +6,18 @@
     or, asymmetric or with a scale for each of several groups of features:
              q, scale, zero = QuantizeGroups(x);  y = sum over groups of
                                                       ((q - zero) @ codes) * scale * w_scale
+    where the weight has groups, codes are those without their zero points, and w_scale the group's.
 
-Lossy: x is rounded to ``bits`` bits; the product of codes is summed exactly in integers. Linears
-that read the same activation (q, k, v; gate, up) share one quantization, and so do the experts of
-a mixture: rows are quantized once, before they are copied for each expert of a token (``Gather``)
-and grouped by expert (``Split``); codes, scales and zero points are copied and grouped alike. Bits,
-mode, clip and groups are the site's `Rounding`.
+Lossy: x is rounded to ``bits`` bits; the product of codes is summed exactly in integers, over what
+has one scale on both sides: groups of different sizes are cut into the largest parts that divide
+both (activations in groups of 64, weights in groups of 96: sums of 32). Linears that read the same
+activation (q, k, v; gate, up) share one quantization, and so do the experts of a mixture: rows are
+quantized once, before they are copied for each expert of a token (``Gather``) and grouped by expert
+(``Split``); codes, scales and zero points are copied and grouped alike. Bits, mode, clip and groups
+are the site's `Rounding`.
 """
 
+import math
 from collections.abc import Callable
 
 import onnx_ir as ir
@@ -27,27 +31,39 @@ from quarot_onnx.passes.online import module_of
 from quarot_onnx.rounding import Choice, Quantizer, Site, moved_rows, rounded_value
 
 _EXACT_IN_16_BITS = 6  # two products of larger codes overflow the CPU kernels' int16 step: Int8Gemm
+_FEWEST = 16  # features of a sum, where groups do not fit: scaling costs more than summing below
+_PRODUCTS = ("WeightOnlyGemm", "WeightOnlyGemmGroups")
 
 
 class QuantizeActivationsPass(Pass):
-    """Replace each ``WeightOnlyGemm`` by a quantizer and an integer GEMM."""
+    """Replace each product with a weight's codes by a quantizer and an integer GEMM."""
 
     effect = Effect.LOSSY
 
-    def __init__(self, decoder: Decoder, choose: Callable[[], Choice], *, weight_bits: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        choose: Callable[[], Choice],
+        *,
+        weight_bits: int,
+        weight_zeros: bool = False,
+    ) -> None:
         """`choose` gives the sites and what is decided for them, when the pass runs.
 
+        `weight_zeros`: zero points of weights in groups count; symmetric ones are 0.
         `quantizers` are the nodes that it has put in place.
         """
         super().__init__(decoder)
         self.choose = choose
         self.weight_bits = weight_bits
+        self.weight_zeros = weight_zeros
         self.quantizers: list[Quantizer] = []
+        self._in_groups: set[ir.Node] = set()  # products with weights that have groups
 
     def requires(self) -> None:
         """Every linear must hold codes already."""
         for linear in self.decoder.linears:
-            if linear.node.op_type != "WeightOnlyGemm":
+            if linear.node.op_type not in _PRODUCTS:
                 raise UnsupportedModelError(
                     f"{linear.name}: its weight is float; "
                     "integer products need weights.bits below 16"
@@ -57,6 +73,10 @@ class QuantizeActivationsPass(Pass):
         """Quantize each distinct input once."""
         choice = self.choose()
         sites = {site.value: site for site in choice.sites}
+        for linear in self.decoder.linears:
+            _summed(linear, sites[rounded_value(linear)])  # refuses groups that do not fit
+            if linear.node.op_type == "WeightOnlyGemmGroups":
+                self._in_groups.add(linear.node)
         quantized: dict[ir.Value, list[ir.Value]] = {}
         for linear in self.decoder.linears:
             site = sites[rounded_value(linear)]
@@ -118,7 +138,7 @@ class QuantizeActivationsPass(Pass):
     def _quantize(self, site: Site, before: ir.Node, module: str) -> list[ir.Value]:
         x, attributes = site.value, site.rounding.attributes
         # The one that the CUDA kernels share, where it is enough.
-        is_common = site.rounding.symmetric and not site.has_groups
+        is_common = site.rounding.symmetric and not site.has_groups and not self._in_groups
         name = "QuantizeInt4" if is_common else "QuantizeGroups"
         wanted = {key: attributes[key] for key in ops.OPERATORS[name].attributes}
         node = ops.node(name, [x], wanted, at=f"{module}/{name}")
@@ -136,13 +156,38 @@ class QuantizeActivationsPass(Pass):
         bits = max(site.rounding.bits, self.weight_bits)
         name = "Int4Gemm" if bits <= _EXACT_IN_16_BITS else "Int8Gemm"
         attributes = {"dtype": int(linear.node.outputs[0].dtype or ir.DataType.FLOAT)}
-        if site.has_groups:
+        weight = [value for value in linear.node.inputs[1:] if value is not None]
+        if linear.node in self._in_groups and self.weight_zeros:
+            name += "WeightZeros"
+        elif linear.node in self._in_groups or site.has_groups:
             name += "Groups"
-            attributes["group_size"] = site.rounding.group_size
+            weight = weight[:2]
         elif not site.rounding.symmetric:
             name += "Asymmetric"
-        _, w, w_scale = linear.node.inputs
-        assert w is not None
-        assert w_scale is not None
-        node = ops.node(name, [*quantized, w, w_scale], attributes, at=f"{linear.module}/{name}")
+        if "group_size" in ops.OPERATORS[name].attributes:
+            attributes["group_size"] = _summed(linear, site)
+        node = ops.node(name, [*quantized, *weight], attributes, at=f"{linear.module}/{name}")
         linear.replace(self.decoder.model.graph, node)
+
+
+def _summed(linear: Linear, site: Site) -> int:
+    """Features that have one scale on both sides: the largest that divides both groups.
+
+    Raises:
+        UnsupportedModelError: there are few of them, though either group is larger.
+    """
+    of_input, features = site.rounding.group_size, linear.in_features
+    scale = linear.node.inputs[2]
+    assert scale is not None
+    assert scale.shape is not None
+    groups = scale.shape[0] if len(scale.shape) == 2 else 1
+    assert isinstance(groups, int)
+    of_weight = features // groups
+    shared = math.gcd(of_input, of_weight)
+    if shared < min(of_input, of_weight, _FEWEST):
+        raise UnsupportedModelError(
+            f"{linear.name}: in_features = {features} has groups of {of_input} in the activation "
+            f"and of {of_weight} in the weight, which only parts of {shared} divide; set "
+            f"weights.group_size = {of_input} or activations.group_size = 0"
+        )
+    return shared

@@ -222,7 +222,7 @@ class Twin:
             return recipe
         return recipe.model_copy(
             update={
-                "weights": Weights(bits=recipe.weights.bits),
+                "weights": recipe.weights.uncalibrated(),
                 "activations": recipe.activations.uncalibrated(),
                 "kv_cache": recipe.kv_cache.uncalibrated(),
             }

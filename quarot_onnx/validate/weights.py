@@ -52,7 +52,7 @@ def _weight_errors(subject: Subject) -> Iterator[tuple[str, float]]:
     expected = _ExpectedWeights(subject)
     float_bound = 2 * subject.epsilon
     for name, tensor in held.items():
-        if not name.startswith(("model.", "lm_head.")) or name.endswith("_scale"):
+        if not name.startswith(("model.", "lm_head.")) or name.endswith(("_scale", "_zero")):
             continue
         module, _, kind = name.rpartition(".")
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -70,16 +70,27 @@ def _weight_errors(subject: Subject) -> Iterator[tuple[str, float]]:
         if scale is None:
             yield name, relative_error(found, wanted) / float_bound
         else:
-            found *= scale.numpy().astype(np.float64)
-            yield name, _rounding_error(found, wanted, subject.recipe.weights.bits)
+            steps = scale.numpy().astype(np.float64)
+            zero = held.get(f"{name}_zero")
+            grouped = found.reshape(1 if steps.ndim == 1 else len(steps), -1, found.shape[1])
+            if zero is not None:
+                grouped -= zero.numpy().astype(np.float64)[:, None]
+            grouped *= steps if steps.ndim == 1 else steps[:, None]
+            found = grouped.reshape(found.shape)
+            yield name, _rounding_error(found, wanted, subject.recipe.weights.bits, len(grouped))
 
 
-def _rounding_error(found: Float64, wanted: Float64, bits: int) -> float:
-    """Of a dequantized weight [in, out], as a fraction of what rounding to `bits` explains."""
+def _rounding_error(found: Float64, wanted: Float64, bits: int, groups: int) -> float:
+    """Of a dequantized weight [in, out], as a fraction of what rounding to `bits` explains.
+
+    Each column of `wanted` has a scale for each of `groups` groups of its rows.
+    """
     top = 2 ** (bits - 1) - 1
-    step = np.abs(wanted).max(axis=0) / top
+    by_group = wanted.reshape(groups, -1, wanted.shape[1])
+    step = np.abs(by_group).max(axis=1, keepdims=True) / top
     step[step == 0] = 1
-    naive = relative_error(np.rint(wanted / step) * step, wanted)  # per column, without any clip
+    nearest = (np.rint(by_group / step) * step).reshape(wanted.shape)  # without any clip
+    naive = relative_error(nearest, wanted)
     # Error feedback (GPTQ) moves weights further than rounding to nearest does, hence the
     # factor 2. What is rounded keeps its length but for the error squared (the best code
     # book for a weight is shorter by that) and the error's chance overlap with the weight.

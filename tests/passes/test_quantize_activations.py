@@ -18,18 +18,28 @@ from tests.small_decoder import assert_golden, located, logits, refused, text
 
 
 def _quantize(
-    decoder: Decoder, bits: int = 4, weight_bits: int = 4, **options: Any
+    decoder: Decoder,
+    bits: int = 4,
+    weight_bits: int = 4,
+    weight_zeros: bool = False,
+    **options: Any,
 ) -> QuantizeActivationsPass:
     recipe = Activations(**{"bits": bits, "clip_ratio": 0.9} | options)
     return QuantizeActivationsPass(
-        decoder, lambda: Choice(tuple(activation_sites(decoder, recipe))), weight_bits=weight_bits
+        decoder,
+        lambda: Choice(tuple(activation_sites(decoder, recipe))),
+        weight_bits=weight_bits,
+        weight_zeros=weight_zeros,
     )
 
 
-def _quantized(bits: int, weight_bits: int, dtype: str = "float", **options: Any) -> Decoder:
+def _quantized(
+    bits: int, weight_bits: int, dtype: str = "float", weights: Any = None, **options: Any
+) -> Decoder:
     decoder = located(dtype=dtype)
-    QuantizeWeightsPass(decoder, bits=weight_bits, clip_search=True)()
-    _quantize(decoder, bits, weight_bits, **options)()
+    weights = {"symmetric": True, **(weights or {})}
+    QuantizeWeightsPass(decoder, bits=weight_bits, clip_search=True, **weights)()
+    _quantize(decoder, bits, weight_bits, not weights["symmetric"], **options)()
     return decoder
 
 
@@ -71,6 +81,14 @@ FORMS = {
     "groups": {"group_size": 4},
     "asymmetric groups": {"mode": "asymmetric", "group_size": 4},
     "down_proj at 8 bits": {"down_proj_bits": 8},
+    "weight groups": {"weights": {"group_size": 4}},
+    "weight zeros": {"weights": {"symmetric": False}},
+    "weight zeros in groups": {"weights": {"symmetric": False, "group_size": 2}},
+    "all groups": {
+        "mode": "asymmetric",
+        "group_size": 4,
+        "weights": {"symmetric": False, "group_size": 2},
+    },
 }
 
 
@@ -78,6 +96,7 @@ CASES = [
     *((4, 4, form, dtype) for form in FORMS for dtype in ("float", "float16")),
     *((*bits, "symmetric", "float") for bits in ((3, 3), (6, 6), (8, 8), (4, 8), (8, 4))),
     *((*bits, "asymmetric groups", "float") for bits in ((3, 3), (8, 8))),
+    *((8, 8, form, "float") for form in ("weight groups", "all groups")),
 ]
 
 
@@ -113,7 +132,7 @@ def _reference_run(model, feeds):
             results = (ops.int4_gemm(*inputs),)
         elif node.op_type.endswith("Asymmetric"):
             results = (groups.gemm_asymmetric(*inputs),)
-        elif node.op_type.endswith("Groups"):
+        elif node.op_type.endswith(("Groups", "WeightZeros")):
             results = (groups.gemm_groups(*inputs, group_size=attributes["group_size"]),)
         else:
             results = (float64._OPERATORS[node.op_type](attributes, *inputs),)
@@ -150,6 +169,35 @@ def test_linears_that_read_the_same_activation_share_one_rounding() -> None:
 def test_codes_that_could_saturate_take_the_exact_product(bits, weight_bits, gemm) -> None:
     decoder = _quantized(bits, weight_bits)
     assert {linear.node.op_type for linear in decoder.linears} == {gemm}
+
+
+def test_weights_in_groups_take_the_common_quantizer_s_codes_with_a_zero_point() -> None:
+    decoder = _quantized(4, 4, weights={"group_size": 4})
+    assert {linear.node.op_type for linear in decoder.linears} == {"Int4GemmGroups"}
+    assert {linear.node.attributes["group_size"].as_int() for linear in decoder.linears} == {4}
+    quantizers = {linear.node.inputs[0].producer() for linear in decoder.linears}
+    assert {node.op_type for node in quantizers} == {"QuantizeGroups"}
+    assert all(node.attributes["symmetric"].as_int() for node in quantizers)
+    assert all(len(linear.node.inputs) == 5 for linear in decoder.linears)  # without zero points
+
+
+def test_groups_of_both_sides_are_summed_in_their_common_parts() -> None:
+    decoder = located(hidden_size=96, intermediate_size=192)
+    QuantizeWeightsPass(decoder, bits=4, clip_search=True, group_size=48)()
+    _quantize(decoder, group_size=32)()
+    assert {linear.node.attributes["group_size"].as_int() for linear in decoder.linears} == {16}
+
+
+def test_refuses_groups_with_hardly_a_common_part() -> None:
+    decoder = located(hidden_size=48, intermediate_size=96)
+    QuantizeWeightsPass(decoder, bits=4, clip_search=True, group_size=24)()
+    with refused(
+        decoder,
+        "/layers.0/q_proj/WeightOnlyGemmGroups: in_features = 48 has groups of 16 in the "
+        "activation and of 24 in the weight, which only parts of 8 divide; set "
+        "weights.group_size = 16 or activations.group_size = 0",
+    ):
+        _quantize(decoder, group_size=16)()
 
 
 def test_refuses_float_weights() -> None:
