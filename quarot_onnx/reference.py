@@ -545,6 +545,29 @@ def _in_front_of_linears(
     return online
 
 
+def _of_cache(
+    layer: int, roundings: Mapping[str, Rounding], settings: Settings, artifact: Path
+) -> dict[str, Rounding]:
+    """How a layer's keys and values are rounded; empty where the recipe leaves them floats.
+
+    Raises:
+        InputError: the recipe rounds them and no pass records how.
+    """
+    bits = settings.recipe.kv_cache.bits
+    if bits == _FLOAT_BITS:
+        return {}
+    found = {}
+    for kind in ("key", "value"):
+        site = f"model.layers.{layer}.self_attn.cached_{kind}"
+        if site not in roundings:
+            raise InputError(
+                f"{artifact / MANIFEST}: no pass records how {site} is rounded, at "
+                f"kv_cache.bits = {bits}; export again"
+            )
+        found[kind] = roundings[site]
+    return found
+
+
 def _fill(
     model: Any,
     initializers: Mapping[str, ir.TensorProtocol],
@@ -626,16 +649,7 @@ def _set_attention(
 ) -> None:
     """Tell the attention of layer `index` what it does to keys, queries and the cache."""
     attention.quarot_settings, attention.quarot_r3 = settings, None
-    attention.quarot_roundings = {}
-    if settings.recipe.kv_cache.bits < _FLOAT_BITS:
-        for kind in ("key", "value"):
-            site = f"model.layers.{index}.self_attn.cached_{kind}"
-            if site not in roundings:
-                raise InputError(
-                    f"{artifact / MANIFEST}: no pass records how {site} is rounded, at "
-                    f"kv_cache.bits = {settings.recipe.kv_cache.bits}; export again"
-                )
-            attention.quarot_roundings[kind] = roundings[site]
+    attention.quarot_roundings = _of_cache(index, roundings, settings, artifact)
     r3 = plan(attention.head_dim)
     if (matrix := given.key(index)) is not None:
         turns = inverse(matrix).T, matrix
