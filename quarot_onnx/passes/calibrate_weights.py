@@ -156,7 +156,9 @@ def _hessians(run: LayerRun, level: tuple[Linear, ...]) -> dict[str, tuple[Float
         for name, x in batch.items():
             sums[name] += x.T @ x
             tokens[name] += len(x)
-    return {name: (sums[name] / max(tokens[name], 1), tokens[name]) for name in values}
+    for name, total in sums.items():
+        np.divide(total, max(tokens[name], 1), out=total)
+    return {name: (sums[name], tokens[name]) for name in values}
 
 
 def _snr_db(weight: Float64, found: Codes, hessian: Float64, power: float) -> float | None:
