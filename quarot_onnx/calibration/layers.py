@@ -246,7 +246,7 @@ class _Runner:
         """Of the activations of a window that are alive at once."""
         length = self.calibration.tokens.shape[1]
         layer = self.decoder.layers[0]
-        widest = max(max(x.in_features, x.out_features) for x in layer.linears)
+        widest: int = max(max(x.in_features, x.out_features) for x in layer.linears)
         return 4 * length * (_WIDEST * widest + layer.attention.num_heads * length)
 
     def _batches(self) -> Iterator[slice]:

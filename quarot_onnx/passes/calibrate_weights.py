@@ -64,10 +64,11 @@ class CalibrateWeightsPass(Pass):
         records: list[dict[str, Any]] = []
         skipped = float_routers(self.decoder)
         for run in walk(self.decoder, self.calibration, progress=self.progress):
-            finished = self.journal.record(run.layer.index)
+            part = f"layers.{run.layer.index}"
+            finished = self.journal.record(part)
             if finished is None:
                 finished = {"linears": self._quantize(run)}
-                self.journal.finish(run.layer.index, finished)
+                self.journal.finish(part, finished)
             else:
                 for linear in run.layer.linears:
                     self._hold(linear)
