@@ -256,32 +256,37 @@ def evaluate(
         }
     if reference is not None and agreed is not None:
         del model
-        result["agreement"] = {
-            "kl_divergence": agreed.kl_divergence,
-            "top1_agreement": agreed.top1_agreement,
-        }
         if manifest["dtype"] == "float32":  # a coarser embedding does not tell the map
             result["layer_snr_db"] = _layer_noise(reference, artifact, cut, threads)
-        found = {
-            "fp32": agreed.reference_perplexity,
-            **baselines(
-                reference,
-                manifest,
-                cut,
-                runtime=runtime,
-                threads=threads,
-                calibration=Calibration.load(artifact),
-                progress=list(shares),
-            ),
-        }
-        result["baselines"] = found
-        kept = math.log(result["perplexity"] / found["fp32"])
-        result["damage_removed"] = {
+        others = baselines(
+            reference,
+            manifest,
+            cut,
+            runtime=runtime,
+            threads=threads,
+            calibration=Calibration.load(artifact),
+            progress=list(shares),
+        )
+        result |= _compared(agreed, others)
+    return result
+
+
+def _compared(agreed: Agreement, others: dict[str, float]) -> dict[str, Any]:
+    """What `evaluate` says of an artifact beside the original and other exports of it."""
+    found = {"fp32": agreed.reference_perplexity, **others}
+    kept = math.log(agreed.perplexity / found["fp32"])
+    return {
+        "agreement": {
+            "kl_divergence": agreed.kl_divergence,
+            "top1_agreement": agreed.top1_agreement,
+        },
+        "baselines": found,
+        "damage_removed": {
             name: 1 - kept / damage
             for name in ("unrotated", "folded")
             if (damage := math.log(found[name] / found["fp32"])) > 0
-        }
-    return result
+        },
+    }
 
 
 def _layer_noise(

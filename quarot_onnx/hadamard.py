@@ -323,16 +323,26 @@ class Plan:
         Raises:
             UnsupportedModelError: x has another dtype, or another size along the axis.
         """
-        return _rotate(x, axis, self.matrices(), self.size, self.padded_size)
-
-    def apply_inverse(self, x: NDArray[Float], axis: Literal[-1, 0] = -1) -> NDArray[Float]:
-        """Undoes ``apply``: x Rᵀ, from ``padded_size`` features to ``size``.
-
-        On the last axis: x [..., padded_size] -> x Rᵀ [..., size]. On axis 0 of a matrix:
-        W [padded_size, m] -> R W [size, m]. Dtypes and errors are those of ``apply``.
-        """
-        A, B = self.matrices()
-        return _rotate(x, axis, (A.T, B.T), self.padded_size, self.size)
+        _require_float(x)
+        if axis != -1 and (axis, x.ndim) != (0, 2):
+            raise UnsupportedModelError(
+                f"hadamard: axis={axis} of an array of shape {x.shape} cannot be rotated;"
+                " use the last axis, or axis 0 of a matrix"
+            )
+        if x.ndim == 0 or x.shape[axis] != self.size:
+            raise UnsupportedModelError(
+                f"hadamard: axis {axis} of an array of shape {x.shape} does not have the"
+                f" {self.size} features of the plan; use the plan of that axis' own size"
+            )
+        A, B = (matrix.astype(x.dtype) for matrix in self.matrices())
+        if len(A) * len(B) <= _LARGEST_DENSE:
+            A, B = np.ones((1, 1), x.dtype), np.kron(A, B)
+        if self.size < self.padded_size:
+            widths = [(0, 0)] * x.ndim
+            widths[axis] = (0, self.padded_size - self.size)
+            x = np.pad(x, widths)
+        after = 1 if axis == -1 else x.shape[1]
+        return _mix(_mix(x, B, after), A, len(B) * after).reshape(x.shape)
 
 
 def plan(n: int, *, max_factor: int = MAX_FACTOR, policy: Policy = "block") -> Plan:
@@ -461,37 +471,6 @@ def _orthonormal(factors: tuple[int, ...]) -> NDArray[np.float64]:
     for factor in factors:
         signs = np.kron(signs, hadamard_matrix(factor))
     return signs / math.sqrt(len(signs))
-
-
-def _rotate(
-    x: NDArray[Float],
-    axis: int,
-    matrices: tuple[NDArray[np.float64], NDArray[np.float64]],
-    in_size: int,
-    out_size: int,
-) -> NDArray[Float]:
-    """The product x (I ⊗ A ⊗ B) along an axis, with zeros appended first or the end cut off."""
-    _require_float(x)
-    if axis != -1 and (axis, x.ndim) != (0, 2):
-        raise UnsupportedModelError(
-            f"hadamard: axis={axis} of an array of shape {x.shape} cannot be rotated;"
-            " use the last axis, or axis 0 of a matrix"
-        )
-    if x.ndim == 0 or x.shape[axis] != in_size:
-        raise UnsupportedModelError(
-            f"hadamard: axis {axis} of an array of shape {x.shape} does not have the {in_size}"
-            " features of the plan; use the plan of that axis' own size"
-        )
-    A, B = (matrix.astype(x.dtype) for matrix in matrices)
-    if len(A) * len(B) <= _LARGEST_DENSE:
-        A, B = np.ones((1, 1), x.dtype), np.kron(A, B)
-    if in_size < out_size:
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, out_size - in_size)
-        x = np.pad(x, widths)
-    after = 1 if axis == -1 else x.shape[1]
-    rotated = _mix(_mix(x, B, after), A, len(B) * after).reshape(x.shape)
-    return rotated[..., :out_size] if axis == -1 else rotated[:out_size]
 
 
 def _mix(x: NDArray[Float], M: NDArray[Float], after: int) -> NDArray[Float]:

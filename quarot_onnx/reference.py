@@ -27,7 +27,7 @@ from torch.nn import functional
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import eager_mask
 
-from quarot_onnx.artifacts import MODEL, load_manifest
+from quarot_onnx.artifacts import MANIFEST, MODEL, load_manifest
 from quarot_onnx.errors import InputError, UnsupportedModelError
 from quarot_onnx.export.architectures import LLAMA_MODULES, dimensions, load_config
 from quarot_onnx.export.checkpoint import Checkpoint, read_json
@@ -534,6 +534,29 @@ def _in_front_of_linears(
     return online
 
 
+def _of_cache(
+    layer: int, roundings: Mapping[str, Rounding], settings: Settings, artifact: Path
+) -> dict[str, Rounding]:
+    """How a layer's keys and values are rounded; empty where the recipe leaves them floats.
+
+    Raises:
+        InputError: the recipe rounds them and no pass records how.
+    """
+    bits = settings.recipe.kv_cache.bits
+    if bits == 16:
+        return {}
+    found = {}
+    for kind in ("key", "value"):
+        site = f"model.layers.{layer}.self_attn.cached_{kind}"
+        if site not in roundings:
+            raise InputError(
+                f"{artifact / MANIFEST}: no pass records how {site} is rounded, at "
+                f"kv_cache.bits = {bits}; export again"
+            )
+        found[kind] = roundings[site]
+    return found
+
+
 def _fill(
     model: Any,
     initializers: Mapping[str, ir.TensorProtocol],
@@ -576,11 +599,7 @@ def _fill(
     for index, decoder_layer in enumerate(model.model.layers):
         attention = decoder_layer.self_attn
         attention.quarot_settings, attention.quarot_r3 = settings, None
-        attention.quarot_roundings = {
-            kind: roundings[site]
-            for kind in ("key", "value")
-            if (site := f"model.layers.{index}.self_attn.cached_{kind}") in roundings
-        }
+        attention.quarot_roundings = _of_cache(index, roundings, settings, artifact)
         if (matrix := given.key(index)) is not None:
             turns = inverse(matrix).T, matrix
             attention.quarot_r3 = tuple(OnlineHadamard.given(turn) for turn in turns)

@@ -27,6 +27,33 @@ RotationKind = Literal[
 
 
 @dataclass(frozen=True)
+class Place:
+    """One rotation of QuaRot.
+
+    Attributes:
+        name: as in the field.
+        where: what it turns.
+        put_by: the pass that puts it there.
+        is_fused: into weights; online otherwise.
+    """
+
+    name: str
+    where: str
+    put_by: str
+    is_fused: bool = False
+
+
+PLACES = (
+    Place("R1", "residual stream", "FuseR1", is_fused=True),
+    Place("R2", "values, per head", "FuseR2", is_fused=True),
+    Place("heads", "input of o_proj, across heads", "InsertHeadsHadamard"),
+    Place("R3", "queries and keys, per head, after RoPE", "InsertR3"),
+    Place("R4", "input of down_proj", "InsertR4"),
+)
+"""In the order of `docs/design.md`, section 4."""
+
+
+@dataclass(frozen=True)
 class Rotation:
     """An orthogonal matrix Q of order `size`, applied in float64.
 

@@ -44,7 +44,7 @@ def compressed(codes: NDArray[np.int8], keep: Mask) -> tuple[NDArray[np.int8], B
 
 
 def expanded(values: NDArray[np.int8], indices: Bytes, in_features: int) -> NDArray[np.int8]:
-    """The dense codes [in, out] of what `compressed` gave."""
+    """The dense codes [in, out] of what `compressed` gave; for who reads ``sparse.safetensors``."""
     nibbles = np.stack([indices & 15, indices >> 4], axis=-1).reshape(len(indices), -1)
     nibbles = nibbles[:, : in_features // 4]
     places = np.stack([nibbles & 3, nibbles >> 2], axis=-1).astype(np.intp)

@@ -448,18 +448,13 @@ def test_matrices_are_orthonormal_and_make_the_matrix(p):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("p", VARIED, ids=lambda p: f"{p.kind}-{p.size}")
-def test_apply_equals_the_matrix_product_and_inverts(p, dtype):
+def test_apply_equals_the_matrix_product(p, dtype):
     R = rotation(p)
     x = np.random.default_rng(p.size).standard_normal((2, 3, p.size)).astype(dtype)
     y = p.apply(x)
     bound = 8 * np.finfo(dtype).eps * math.sqrt(p.block_size)
     assert (y.dtype, y.shape) == (dtype, (2, 3, p.padded_size))
     np.testing.assert_allclose(y, x.astype(np.float64) @ R, rtol=0, atol=bound)
-    np.testing.assert_allclose(p.apply_inverse(y), x, rtol=0, atol=2 * bound)
-    full = np.random.default_rng(0).standard_normal((5, p.padded_size)).astype(dtype)
-    np.testing.assert_allclose(
-        p.apply_inverse(full), full.astype(np.float64) @ R.T, rtol=0, atol=bound
-    )
 
 
 @pytest.mark.parametrize("p", VARIED, ids=lambda p: f"{p.kind}-{p.size}")
@@ -469,7 +464,6 @@ def test_axis_0_rotates_a_weight_so_that_its_product_stays(p):
     rotated = p.apply(W, axis=0)
     np.testing.assert_allclose(rotated, rotation(p).T @ W, rtol=0, atol=1e-13)
     np.testing.assert_allclose(p.apply(x) @ rotated, x @ W, rtol=0, atol=1e-11)
-    np.testing.assert_allclose(p.apply_inverse(rotated, axis=0), W, rtol=0, atol=1e-12)
 
 
 @given(
@@ -498,10 +492,10 @@ def test_apply_gives_the_same_in_one_piece_and_in_many(p, monkeypatch):
 
 
 @pytest.mark.parametrize("n", [12, 172, 28 * 8])
-def test_inverse_is_the_transpose_and_not_the_matrix_again(n):
+def test_the_inverse_is_the_transpose_and_not_the_matrix_again(n):
     p = plan(n)
     x = np.random.default_rng(3).standard_normal((2, n))
-    np.testing.assert_allclose(p.apply_inverse(p.apply(x)), x, atol=1e-12)
+    np.testing.assert_allclose(p.apply(x) @ p.matrix().T, x, atol=1e-12)
     assert np.abs(p.apply(p.apply(x)) - x).max() > 0.1
 
 
@@ -551,10 +545,9 @@ def test_spike_shrinks_by_the_suppression(n):
     ],
 )
 def test_refuses_an_array_that_the_plan_does_not_fit(x, axis, message):
-    for rotate in (plan(12).apply, plan(12).apply_inverse):
-        with pytest.raises(UnsupportedModelError) as refusal:
-            rotate(x, axis)
-        assert str(refusal.value) == message
+    with pytest.raises(UnsupportedModelError) as refusal:
+        plan(12).apply(x, axis)
+    assert str(refusal.value) == message
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -67,6 +67,31 @@ def test_every_source_names_its_license_and_says_what_it_is(path) -> None:
     assert is_test or ast.get_docstring(ast.parse(text)) or path.name == "__init__.py"
 
 
+def _rows_of_the_tree() -> list[list[str]]:
+    """The paths in the first column of the table in docs/design.md, section 2."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    section = text.split("## 2. The tree")[1].split("## 3.")[0]
+    first = re.findall(r"^\| (`[^|]*`) \|", section, re.MULTILINE)
+    rows = [re.findall(r"`([^`]+)`", cell) for cell in first]
+    return [[row[0], *(f"{Path(row[0]).parent}/{name}" for name in row[1:])] for row in rows]
+
+
+def test_the_tree_in_the_design_names_every_module_and_every_package() -> None:
+    named = {path for row in _rows_of_the_tree() for path in row}
+    packages = {
+        f"{path.parent.relative_to(ROOT)}/"
+        for path in SOURCES
+        if path.name == "__init__.py" and path.parent != ROOT / "quarot_onnx"
+    }
+    modules = {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        if path.parent in (ROOT / "quarot_onnx", ROOT / "export") and path.name != "__init__.py"
+    }
+    assert packages | modules <= named
+    assert {path for path in named if not (ROOT / path).exists()} == set()
+
+
 def test_no_source_of_the_package_knows_a_machine() -> None:
     for path in SOURCES:
         if "tests" not in path.relative_to(ROOT).parts:

@@ -20,11 +20,14 @@ SDIST = "import sys, setuptools.build_meta as b; print(b.build_sdist(sys.argv[1]
 IMPORTS = """
 import importlib, pathlib, pkgutil, sys
 import quarot_onnx
-assert pathlib.Path(quarot_onnx.__file__).is_relative_to(sys.argv[1]), quarot_onnx.__file__
 for module in pkgutil.walk_packages(quarot_onnx.__path__, "quarot_onnx."):
     if module.name != "quarot_onnx.export.triton.model":  # imports what Triton alone provides
         importlib.import_module(module.name)
         print(module.name)
+for name, module in list(sys.modules.items()):  # an editable install would lend what is missing
+    file = getattr(module, "__file__", None)
+    if name.partition(".")[0] == "quarot_onnx" and file is not None:
+        assert pathlib.Path(file).is_relative_to(sys.argv[1]), file
 """
 BUILDS = """
 from quarot_onnx.plugins import build, library

@@ -285,6 +285,20 @@ def test_an_initializer_that_is_missing_is_named(exported: Exported, tmp_path: P
         FakeQuantModel(artifact)
 
 
+def test_a_cache_that_no_record_rounds_is_named(exported: Exported, tmp_path: Path) -> None:
+    artifact = Path(shutil.copytree(exported("llama", "w4a4kv4"), tmp_path / "artifact"))
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    entry = next(e for e in manifest["passes"] if e["name"] == "QuantizeKvCache")
+    entry["records"] = entry["records"][:-1]
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        InputError,
+        match=r"manifest\.json: no pass records how model\.layers\.\d\.self_attn\.cached_value is "
+        r"rounded, at kv_cache\.bits = 4; export again",
+    ):
+        FakeQuantModel(artifact)
+
+
 def test_an_initializer_of_another_shape_is_named(exported: Exported, tmp_path: Path) -> None:
     artifact = Path(shutil.copytree(exported("llama", "w4a4kv4"), tmp_path / "artifact"))
     config = json.loads((artifact / "config.json").read_text())

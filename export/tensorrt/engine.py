@@ -227,6 +227,9 @@ def _build_engine(
     options: BuildOptions,
 ) -> dict[str, Any]:
     """Write ``model.plan``; what the manifest says of it."""
+    gpu = _gpu()
+    if gpu is not None:
+        plugins.require_architecture(int(gpu["compute_capability"].replace(".", "")))
     library.load()
     cache = options.timing_cache
     built = adapter.engine_from_onnx(
@@ -250,7 +253,7 @@ def _build_engine(
         cache.write_bytes(built.timing_cache)
     return {
         "tensorrt": str(trt.__version__),
-        "gpu": _gpu(),
+        "gpu": gpu,
         "plugin_layers": built.plugin_layers,
         "version_compatible": options.version_compatible,
         "refit": options.refit,

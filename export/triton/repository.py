@@ -15,7 +15,7 @@ Triton looks for models in directories only, so the files at the top do not dist
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,38 +129,13 @@ def triton_from_artifact(
         ResourceError: no space.
     """
     name = _checked_name(artifact.resolve().name if name is None else name)
-    if runtime is not None and runtime not in RUNTIMES:
-        raise UsageError(f"--runtime {runtime}: no such runtime; choose {', '.join(RUNTIMES)}")
-    for option, value in (
-        ("--max-streams", max_streams),
-        ("--max-waiting", max_waiting),
-        ("--threads", 1 if threads is None else threads),
-    ):
-        if value < 1:
-            raise UsageError(f"{option} {value}: must be 1 or more")
-    source = load_manifest(artifact)
-    if changed := changed_files(artifact, source):
-        raise InputError(
-            f"{artifact / changed[0]}: is not what the manifest says; write the directory again"
-        )
-    has_engine = "tensorrt" in source
-    runtime = runtime or ("tensorrt" if has_engine else "ort-cpu")
-    if has_engine != (runtime == "tensorrt"):
-        raise UsageError(
-            f"--runtime {runtime}: {artifact} holds "
-            + ("an engine; give what `export` wrote" if has_engine else "no engine; build one")
-        )
-    if engine_model and not has_engine:
-        raise UsageError(f"--engine-model: {artifact} holds no engine; build one")
-    if not (artifact / "tokenizer.json").is_file():
-        raise InputError(
-            f"{artifact / 'tokenizer.json'}: no such file, and the server reads no other "
-            "tokenizer; save the model's fast tokenizer and export again"
-        )
-    load_tokenizer(artifact)
-    tokens = context_length(artifact)
-    plugins = None
-    if has_engine:
+    _check_limits(
+        {"--max-streams": max_streams, "--max-waiting": max_waiting, "--threads": threads}
+    )
+    source = _sound_manifest(artifact)
+    runtime = _runtime_for(artifact, source, runtime, engine_model=engine_model)
+    tokens, plugins = context_length(artifact), None
+    if runtime == "tensorrt":
         plugins = _plugins_of(load_engine_manifest(artifact), artifact)
         tokens = min(tokens, int(source["tensorrt"]["limits"]["max_seq_len"]))
     parameters = {
@@ -170,33 +145,83 @@ def triton_from_artifact(
         "max_waiting": str(max_waiting),
         **({"threads": str(threads)} if threads is not None else {}),
     }
-    described = {"model": name, "parameters": parameters, "recipe": source["recipe"]}
     with publish(repository, force=force) as staging:
         require_space(repository, sum(path.stat().st_size for path in artifact.iterdir()))
-        version = staging / name / "1"
-        version.mkdir(parents=True)
-        _write_config(staging / name, _model_config(name, parameters))
-        shutil.copyfile(_HERE / "model.py", version / "model.py")
-        _copy_modules(SERVED_WITH_ENGINE if has_engine else SERVED, version / "quarot_onnx")
-        shutil.copytree(artifact, version / "artifact", copy_function=shutil.copyfile)
-        if plugins is not None:
-            (version / "plugins").mkdir()
-            for path, target in (
-                (plugins.path, "libquarot_plugins.so"),
-                (plugins.path.with_suffix(".json"), "libquarot_plugins.json"),
-            ):
-                shutil.copyfile(path, version / "plugins" / target)
+        _write_model(staging / name, artifact, parameters, plugins)
         if engine_model:
-            alone = staging / f"{name}_engine"
-            (alone / "1").mkdir(parents=True)
-            limits = source["tensorrt"]["limits"]
-            _write_config(alone, plan_config(alone.name, artifact, limits))
-            shutil.copyfile(artifact / PLAN, alone / "1" / PLAN)
+            _write_engine_model(staging / f"{name}_engine", artifact, source)
         for script in ("run.sh", "client.py"):
             shutil.copyfile(_HERE / script, staging / script)
             (staging / script).chmod(0o755)
+        described = {"model": name, "parameters": parameters, "recipe": source["recipe"]}
         save_manifest(staging, described)
         return load_manifest(staging)
+
+
+def _check_limits(limits: Mapping[str, int | None]) -> None:
+    for option, value in limits.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{option} {value}: must be 1 or more")
+
+
+def _sound_manifest(artifact: Path) -> dict[str, Any]:
+    """The manifest of an unaltered artifact whose tokenizer the server can read."""
+    source = load_manifest(artifact)
+    if changed := changed_files(artifact, source):
+        raise InputError(
+            f"{artifact / changed[0]}: is not what the manifest says; write the directory again"
+        )
+    if not (artifact / "tokenizer.json").is_file():
+        raise InputError(
+            f"{artifact / 'tokenizer.json'}: no such file, and the server reads no other "
+            "tokenizer; save the model's fast tokenizer and export again"
+        )
+    load_tokenizer(artifact)
+    return source
+
+
+def _runtime_for(
+    artifact: Path, source: dict[str, Any], asked: str | None, *, engine_model: bool
+) -> str:
+    """What runs the artifact: TensorRT an engine, ONNX Runtime a graph."""
+    if asked is not None and asked not in RUNTIMES:
+        raise UsageError(f"--runtime {asked}: no such runtime; choose {', '.join(RUNTIMES)}")
+    has_engine = "tensorrt" in source
+    runtime = asked or ("tensorrt" if has_engine else "ort-cpu")
+    if has_engine != (runtime == "tensorrt"):
+        raise UsageError(
+            f"--runtime {runtime}: {artifact} holds "
+            + ("an engine; give what `export` wrote" if has_engine else "no engine; build one")
+        )
+    if engine_model and not has_engine:
+        raise UsageError(f"--engine-model: {artifact} holds no engine; build one")
+    return runtime
+
+
+def _write_model(
+    model: Path, artifact: Path, parameters: dict[str, str], plugins: PluginLibrary | None
+) -> None:
+    """The model of the Python backend, with its code, the artifact and an engine's plugins."""
+    version = model / "1"
+    version.mkdir(parents=True)
+    _write_config(model, _model_config(model.name, parameters))
+    shutil.copyfile(_HERE / "model.py", version / "model.py")
+    _copy_modules(SERVED if plugins is None else SERVED_WITH_ENGINE, version / "quarot_onnx")
+    shutil.copytree(artifact, version / "artifact", copy_function=shutil.copyfile)
+    if plugins is not None:
+        (version / "plugins").mkdir()
+        for path, target in (
+            (plugins.path, "libquarot_plugins.so"),
+            (plugins.path.with_suffix(".json"), "libquarot_plugins.json"),
+        ):
+            shutil.copyfile(path, version / "plugins" / target)
+
+
+def _write_engine_model(model: Path, artifact: Path, source: dict[str, Any]) -> None:
+    """The engine alone, as a model of Triton's TensorRT backend."""
+    (model / "1").mkdir(parents=True)
+    _write_config(model, plan_config(model.name, artifact, source["tensorrt"]["limits"]))
+    shutil.copyfile(artifact / PLAN, model / "1" / PLAN)
 
 
 def _plugins_of(manifest: dict[str, Any], engine: Path) -> PluginLibrary:

@@ -57,7 +57,10 @@ def pack_int4(codes: Array) -> Codes:
 
 
 def unpack_int4(packed: Codes) -> NDArray[np.int8]:
-    """The inverse of `pack_int4`: uint8 [..., k / 2] -> int8 [..., k] in -8..7."""
+    """The inverse of `pack_int4`: uint8 [..., k / 2] -> int8 [..., k] in -8..7.
+
+    For who reads what is stored so: ``sparse.safetensors``, or what a kernel wrote.
+    """
     nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
     return (nibbles.astype(np.int8) ^ 8) - 8
 

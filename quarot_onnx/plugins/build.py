@@ -65,10 +65,13 @@ def build_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quarot-onnx"
 
 
-def command(target: Target = "cuda") -> str:
+def command(target: Target = "cuda", *architectures: int) -> str:
     """What a person runs here to build and install the plugins of a target."""
     rule = "plugins" if target == "cuda" else "plugins-cpu"
-    return f"make {rule}" if is_source_tree() else f"python -m quarot_onnx.plugins.build {rule}"
+    named = " ".join(map(str, architectures))
+    if is_source_tree():
+        return f"make {rule} ARCHS={named}" if named else f"make {rule}"
+    return f"python -m quarot_onnx.plugins.build {rule} {named}".rstrip()
 
 
 def find_nvcc() -> Path:

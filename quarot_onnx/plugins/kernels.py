@@ -637,7 +637,7 @@ class Kernels:
         self.library.qr_emulation_configure(byref(options))
 
     def reset_emulation_counters(self) -> None:
-        """Zeroes the emulator's counters."""
+        """Zeroes the emulator's counters; for tests of how a kernel uses memory and threads."""
         self.library.qr_emulation_reset_counters()
 
     def emulation_counters(self) -> EmulationCounters:

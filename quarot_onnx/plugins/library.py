@@ -40,7 +40,7 @@ class PluginLibrary:
         path: the shared library.
         sha256: of the file.
         backend: ``cuda`` or ``emulation``.
-        architectures: what it has native code for, as in ``sm_90a``; ``("cpu",)`` if emulated.
+        architectures: what it has native code for, as in ``90a``; ``("cpu",)`` if emulated.
         build_id: of its sources and options; a part of every timing cache ID.
         plugins: name -> inputs, outputs and attributes, as the library describes them.
         is_current: whether it was built from the sources that lie here; true where none do.
@@ -61,16 +61,17 @@ class PluginLibrary:
             MissingDependencyError: it has none.
         """
         # Code of one architecture runs on later minors of its major, except 90a and its like.
-        runs = any(
+        runs = self.backend == "cuda" and any(
             int(name.rstrip("af")) == compute_capability
             if name[-1] in "af"
             else int(name) // 10 == compute_capability // 10 and int(name) <= compute_capability
             for name in self.architectures
         )
         if not runs:
+            command = build.command("cuda", compute_capability)
             raise MissingDependencyError(
                 f"{self.path}: built for {' '.join(self.architectures)}, and the GPU is"
-                f" {compute_capability}; run make plugins ARCHS={compute_capability}"
+                f" {compute_capability}; run {command}"
             )
 
 

@@ -3,10 +3,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from quarot_onnx.activations import Activation
+from quarot_onnx.rotation import PLACES
 
 
 @dataclass(frozen=True)
@@ -221,28 +222,24 @@ class PlannedRotation:
 def rotation_plan(model: ModelFacts, passes: Sequence[PassEntry]) -> tuple[PlannedRotation, ...]:
     """Every rotation of QuaRot and what became of it."""
     done = {entry.name: entry for entry in passes}
-    places = (
-        ("R1", "residual stream", model.hidden_size, "FuseR1"),
-        ("R2", "values, per head", model.head_dim, "FuseR2"),
-        ("heads", "input of o_proj, across heads", model.num_heads, "InsertHeadsHadamard"),
-        ("R3", "queries and keys, per head, after RoPE", model.head_dim, "InsertR3"),
-        ("R4", "input of down_proj", model.intermediate_size, "InsertR4"),
-    )
+    sizes = {
+        "R1": model.hidden_size,
+        "R2": model.head_dim,
+        "heads": model.num_heads,
+        "R3": model.head_dim,
+        "R4": model.intermediate_size,
+    }
     plan = []
-    for name, where, size, key in places:
-        entry = done.get(key)
-        if entry is None:
-            plan.append(PlannedRotation(name, where, size, "not in the recipe"))
-            continue
-        runs = "fused into weights" if key.startswith("Fuse") else "online"
-        plan.append(
-            PlannedRotation(
-                name,
-                where,
-                size,
-                runs if entry.sites else "skipped",
-                entry.detail,
-                "; ".join(entry.skipped),
+    for place in PLACES:
+        row = PlannedRotation(place.name, place.where, sizes[place.name], "not in the recipe")
+        entry = done.get(place.put_by)
+        if entry is not None:
+            runs = "fused into weights" if place.is_fused else "online"
+            row = replace(
+                row,
+                runs=runs if entry.sites else "skipped",
+                matrix=entry.detail,
+                reason="; ".join(entry.skipped),
             )
-        )
+        plan.append(row)
     return tuple(plan)

@@ -147,11 +147,18 @@ def test_a_variable_names_a_library_elsewhere(installed, monkeypatch, tmp_path) 
         ("80 86 89 90a 120", 121, True),
         ("89", 86, False),
         ("90a", 91, False),
+        ("cpu", 90, False),
     ],
 )
 def test_architectures_are_compared_with_the_device(architectures, capability, runs) -> None:
     held = library.PluginLibrary(
-        Path("lib.so"), "", "cuda", tuple(architectures.split()), "", {}, is_current=True
+        Path("lib.so"),
+        "",
+        "emulation" if architectures == "cpu" else "cuda",
+        tuple(architectures.split()),
+        "",
+        {},
+        is_current=True,
     )
     if runs:
         held.require_architecture(capability)

@@ -23,6 +23,7 @@ from quarot_onnx.errors import (
     UsageError,
 )
 from quarot_onnx.export.tensorrt import adapter
+from quarot_onnx.export.tensorrt import engine as engine_module
 from quarot_onnx.export.tensorrt.directory import PLAN, load_engine_manifest
 from quarot_onnx.export.tensorrt.engine import BuildOptions, Limits, build
 from quarot_onnx.export.tensorrt.lowering import PLUGINS
@@ -42,7 +43,7 @@ def _library(digest: str = "1" * 64) -> library.PluginLibrary:
     names = "factors bits clip_ratio heads activation_layout dtype weight_layout rotate scale"
     fields = {"attributes": [{"name": name} for name in names.split()]}
     plugins = dict.fromkeys(PLUGINS, fields)
-    return library.PluginLibrary(Path("p.so"), digest, "cuda", ("sm_90a",), "id", plugins, True)
+    return library.PluginLibrary(Path("p.so"), digest, "cuda", ("90a",), "id", plugins, True)
 
 
 @pytest.fixture(params=["11.4.0.106", "10.13.0"])
@@ -169,6 +170,18 @@ def test_a_machine_without_a_gpu_is_a_missing_dependency(artifact: Path, tmp_pat
     fake.Builder.is_missing = True
     with pytest.raises(MissingDependencyError, match=r"no builder \(CUDA initialization failure"):
         build(artifact, tmp_path / "engine", LIMITS, BuildOptions())
+
+
+def test_plugins_without_code_for_the_gpu_are_said_before_the_build(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = {"name": "a GPU", "compute_capability": "8.0"}
+    monkeypatch.setattr(engine_module, "_gpu", lambda: gpu)
+    with pytest.raises(MissingDependencyError, match="built for 90a, and the GPU is 80; run make"):
+        build(artifact, tmp_path / "engine", LIMITS, BuildOptions())
+    gpu["compute_capability"] = "9.0"
+    built = build(artifact, tmp_path / "engine", LIMITS, BuildOptions())
+    assert built["tensorrt"]["engine"]["gpu"] == gpu
 
 
 def test_builds_only_for_the_tensorrt_that_is_there(artifact: Path, tmp_path: Path) -> None:

@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: arguments in, tables or JSON out; work and tables are elsewhere.
+"""The commands: arguments in, tables or JSON out; the work is elsewhere.
 
-Data goes to standard output, progress and errors to standard error. Heavy modules are imported by
-the commands that use them, so that ``--help`` answers at once.
+Heavy modules are imported by the commands that use them, so that ``--help`` answers at once.
 """
 
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from quarot_onnx import tables
-from quarot_onnx.errors import InputError, QuarotError, ResourceError, UsageError
+from quarot_onnx.cli import tables
+from quarot_onnx.cli.output import (
+    emit,
+    load_json,
+    print_json,
+    progress_bar,
+    progress_phases,
+    write,
+)
+from quarot_onnx.errors import QuarotError, UsageError
 
 if TYPE_CHECKING:
-    from quarot_onnx.artifacts import Progress
     from quarot_onnx.calibration import Calibration
     from quarot_onnx.recipe import Recipe as Resolved
 
@@ -145,11 +148,11 @@ def export(
     resolved = load_recipe(recipe, settings or ())
     if dry_run:
         found = forecast(Checkpoint(model_dir), resolved, dtype)
-        _emit(forecast_json(found), as_json, lambda: tables.show_forecast(forecast_json(found)))
+        emit(forecast_json(found), as_json, lambda: tables.show_forecast(forecast_json(found)))
         return
     from quarot_onnx.pipeline import export as run_export  # noqa: PLC0415
 
-    with _phases() as phase:
+    with progress_phases() as phase:
         manifest = run_export(
             model_dir,
             out_dir,
@@ -163,7 +166,7 @@ def export(
             progress=phase("writing weights", "MB"),
             calibrating=phase("calibrating", "steps"),
         )
-    _emit(manifest, as_json, lambda: tables.show_manifest(out_dir, manifest))
+    emit(manifest, as_json, lambda: tables.show_manifest(out_dir, manifest))
 
 
 @app.command()
@@ -215,14 +218,14 @@ def validate(
     )
     content = verdict.as_json()
     if junit is not None:
-        _write(junit, formats.as_junit(content))
+        write(junit, formats.as_junit(content))
     if page is not None:
-        _write(page, formats.as_html(content))
+        write(page, formats.as_html(content))
     if os.environ.get("GITHUB_ACTIONS") == "true":
         sys.stderr.write(formats.as_annotations(content))
         if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-            _write(Path(summary), formats.as_markdown(content), mode="a")
-    _emit(content, as_json, lambda: tables.show_verdict(content), save_json)
+            write(Path(summary), formats.as_markdown(content), mode="a")
+    emit(content, as_json, lambda: tables.show_verdict(content), save_json)
     verdict.require_passed()
 
 
@@ -232,7 +235,7 @@ def _bisect(artifact: Path, reference: Path | None, as_json: bool, save_json: Pa
 
     found = bisect(Subject(artifact, reference))
     content = found.as_json()
-    _emit(content, as_json, lambda: tables.show_bisection(content), save_json)
+    emit(content, as_json, lambda: tables.show_bisection(content), save_json)
     found.require_followed(artifact)
 
 
@@ -288,11 +291,11 @@ def build(
         version_compatible=version_compatible,
         refit=refit,
     )
-    with _progress("writing weights") as progress:
+    with progress_bar("writing weights") as progress:
         manifest = engine.build(
             artifact, engine_dir, limits, options, force=force, progress=progress
         )
-    _emit(manifest, as_json, lambda: tables.show_build(engine_dir, manifest))
+    emit(manifest, as_json, lambda: tables.show_build(engine_dir, manifest))
 
 
 @app.command(name="eval")
@@ -317,7 +320,7 @@ def evaluate(
     """Measure perplexity on a text file."""
     from quarot_onnx.evaluate import evaluate as run_evaluate  # noqa: PLC0415
 
-    with _progress("evaluating", "windows") as progress:
+    with progress_bar("evaluating", "windows") as progress:
         content = run_evaluate(
             artifact,
             text,
@@ -330,7 +333,7 @@ def evaluate(
             trust_engine=trust_engine,
             progress=progress,
         )
-    _emit(content, as_json, lambda: tables.show_evaluation(content), save_json)
+    emit(content, as_json, lambda: tables.show_evaluation(content), save_json)
 
 
 @app.command()
@@ -363,7 +366,7 @@ def generate(
     )
     pieces = tokenizer.stream(ids)
     if as_json:
-        _print_json({"prompt": prompt, "completion": "".join(pieces)})
+        print_json({"prompt": prompt, "completion": "".join(pieces)})
         return
     sys.stdout.write(prompt)
     for piece in pieces:
@@ -407,7 +410,7 @@ def triton(
         max_waiting=max_waiting,
         force=force,
     )
-    _emit(manifest, as_json, lambda: tables.show_repository(repository, manifest))
+    emit(manifest, as_json, lambda: tables.show_repository(repository, manifest))
 
 
 @app.command()
@@ -424,7 +427,7 @@ def inspect(
     from quarot_onnx.inspection import inspect as run_inspect  # noqa: PLC0415
 
     found = asdict(run_inspect(artifact))
-    _emit(found, as_json, lambda: tables.show_inspection(found, all_layers=all_layers))
+    emit(found, as_json, lambda: tables.show_inspection(found, all_layers=all_layers))
 
 
 @app.command()
@@ -448,8 +451,8 @@ def report(
         reference,
         text,
         prompt=prompt,
-        evaluation=_load_json(evaluation),
-        validation=_load_json(validation),
+        evaluation=load_json(evaluation),
+        validation=load_json(validation),
     )
     print(f"wrote {page}")
 
@@ -486,7 +489,7 @@ def compare(
     from quarot_onnx.comparison import compare as run_compare  # noqa: PLC0415
     from quarot_onnx.comparison import rows  # noqa: PLC0415
 
-    with _progress("comparing", "runs") as progress:
+    with progress_bar("comparing", "runs") as progress:
         content = run_compare(
             model_dir,
             out_dir,
@@ -503,7 +506,7 @@ def compare(
             force=force,
             progress=progress,
         )
-    _emit(content, as_json, lambda: tables.show_comparison(out_dir, content, rows(content)))
+    emit(content, as_json, lambda: tables.show_comparison(out_dir, content, rows(content)))
 
 
 @app.command()
@@ -516,10 +519,10 @@ def recipes(
 
     if name is not None:
         found = load_recipe(name)
-        _emit(found.as_json(), as_json, lambda: sys.stdout.write(preset_text(name)))
+        emit(found.as_json(), as_json, lambda: sys.stdout.write(preset_text(name)))
         return
     presets = [load_recipe(preset).as_json() for preset in preset_names()]
-    _emit(presets, as_json, lambda: tables.show_recipes(presets))
+    emit(presets, as_json, lambda: tables.show_recipes(presets))
 
 
 @app.command()
@@ -530,7 +533,7 @@ def doctor(as_json: Json = False) -> None:
     from quarot_onnx.doctor import diagnose  # noqa: PLC0415
 
     findings = [asdict(finding) for finding in diagnose()]
-    _emit(findings, as_json, lambda: tables.show_findings(findings))
+    emit(findings, as_json, lambda: tables.show_findings(findings))
     if any(finding["is_problem"] for finding in findings):
         raise typer.Exit(5)
 
@@ -577,75 +580,3 @@ def _calibration(model_dir: Path, source: str, recipe: "Resolved") -> "Calibrati
         seed=recipe.seed,
     )
     return Calibration.of(found.tokens, found.source)
-
-
-# --- Output --------------------------------------------------------------------------------------
-
-
-def _emit(content: Any, as_json: bool, show: Any, save_to: Path | None = None) -> None:
-    if save_to is not None:
-        _write(save_to, json.dumps(content, indent=2) + "\n")
-    if as_json:
-        _print_json(content)
-    else:
-        show()
-
-
-def _write(path: Path, text: str, *, mode: Literal["w", "a"] = "w") -> None:
-    try:
-        with path.open(mode, encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise ResourceError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=2, ensure_ascii=False))
-
-
-def _load_json(path: Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: cannot be read as JSON ({error}); give what --save-json wrote"
-        ) from error
-
-
-@contextmanager
-def _progress(label: str, unit: str = "MB") -> "Iterator[Progress]":
-    """A progress bar on a terminal's standard error; silent in a pipe."""
-    with _phases() as phase:
-        yield phase(label, unit)
-
-
-@contextmanager
-def _phases() -> "Iterator[Callable[[str, str], Progress]]":
-    """One bar for work in phases: (label, unit) -> what updates it while that phase runs."""
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[done]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=console, disable=not console.is_terminal, transient=True
-    ) as bar:
-        task = bar.add_task("preparing", total=None, done="")
-
-        def phase(label: str, unit: str) -> "Callable[[int, int], None]":
-            size = 1e6 if unit == "MB" else 1
-
-            def update(done: int, total: int) -> None:
-                text = f"{done / size:,.0f} / {total / size:,.0f} {unit}"
-                bar.update(task, description=label, completed=done, total=total, done=text)
-
-            return update
-
-        yield phase

@@ -249,16 +249,6 @@ def show_comparison(out_dir: Path, content: dict[str, Any], rows: Sequence["Meas
     print(f"wrote {out_dir}: comparison.html, comparison.md, comparison.json")
 
 
-_ROTATIONS = (
-    ("FuseR1", "R1", "residual stream", "fused"),
-    ("FuseR2", "R2", "values, per head", "fused"),
-    ("InsertHeadsHadamard", "heads", "input of o_proj, across heads", "online"),
-    ("InsertR3", "R3", "queries and keys", "online"),
-    ("InsertR4", "R4", "input of down_proj", "online"),
-)
-"""Pass, rotation, what it turns, how it runs."""
-
-
 def _deviation(entry: dict[str, Any], dtype: str) -> str:
     """The worst site of a pass, as certified in `dtype`; empty where nothing was measured."""
     found = {c["dtype"]: f"{c['worst']:.1e}" for c in entry.get("certificates", ())}
@@ -267,6 +257,8 @@ def _deviation(entry: dict[str, Any], dtype: str) -> str:
 
 def show_inspection(found: dict[str, Any], *, all_layers: bool) -> None:
     """An artifact's linears, cache and operators."""
+    from quarot_onnx.rotation import PLACES  # noqa: PLC0415  # it computes, most tables do not
+
     manifest = found["manifest"]
     print(
         f"{manifest['source']['model_type']}, recipe {manifest['recipe']['name']}, "
@@ -279,15 +271,17 @@ def show_inspection(found: dict[str, Any], *, all_layers: bool) -> None:
         ["rotation", "what it turns", "runs", "matrix", "places", "fp64"],
         [
             [
-                name,
-                where,
-                runs if done[key]["sites"] else f"skipped: {'; '.join(done[key]['skipped'])}",
-                done[key]["detail"],
-                str(done[key]["sites"]),
-                _deviation(done[key], "float64"),
+                place.name,
+                place.where,
+                ("fused" if place.is_fused else "online")
+                if entry["sites"]
+                else f"skipped: {'; '.join(entry['skipped'])}",
+                entry["detail"],
+                str(entry["sites"]),
+                _deviation(entry, "float64"),
             ]
-            for key, name, where, runs in _ROTATIONS
-            if key in done
+            for place in PLACES
+            if (entry := done.get(place.put_by)) is not None
         ],
         numeric=2,
     )
