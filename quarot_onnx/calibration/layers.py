@@ -246,8 +246,9 @@ class _Runner:
         """Of the activations of a window that are alive at once."""
         length = self.calibration.tokens.shape[1]
         layer = self.decoder.layers[0]
-        widest: int = max(max(x.in_features, x.out_features) for x in layer.linears)
-        return 4 * length * (_WIDEST * widest + layer.attention.num_heads * length)
+        widest = max(max(x.in_features, x.out_features) for x in layer.linears)
+        held: int = 4 * length * (_WIDEST * widest + layer.attention.num_heads * length)
+        return held
 
     def _batches(self) -> Iterator[slice]:
         return _parts(slice(0, len(self.calibration.tokens)), HELD_BYTES // self._bytes)
