@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is finished of a calibrated run: arrays on disk, layer by layer, so that it can go on.
+"""What is finished of a calibrated run: records and arrays on disk, so that it can go on.
 
-A layer counts as finished when its record is in place, which is renamed there last. Arrays are
-memory-mapped: codes of a large model never lie in memory all at once.
+A part of it, such as ``layers.3``, is finished when its record is in place, which is renamed there
+last. Arrays are memory-mapped: codes of a large model never lie in memory all at once.
 """
 
 import json
@@ -22,7 +22,7 @@ _KEY = "run.json"
 
 
 class Journal:
-    """A directory of finished layers.
+    """A directory of what is finished.
 
     Without a directory it is a temporary one, which lives as long as this object.
     """
@@ -59,9 +59,9 @@ class Journal:
                 "version); remove it, or export without --resume"
             )
 
-    def record(self, layer: int) -> dict[str, Any] | None:
-        """What `finish` was given for `layer`; None where it is not finished."""
-        path = self._record(layer)
+    def record(self, part: str) -> dict[str, Any] | None:
+        """What `finish` was given for `part`; None where it is not finished."""
+        path = self._record(part)
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
     def keep(self, name: str, array: NDArray[Any]) -> None:
@@ -84,12 +84,12 @@ class Journal:
         mapped: NDArray[Any] = np.load(self._array(name), mmap_mode="r")
         return mapped
 
-    def finish(self, layer: int, record: dict[str, Any]) -> None:
-        """Everything of `layer` has been kept; `record` is what the report says of it."""
-        _replace(self._record(layer), json.dumps(record))
+    def finish(self, part: str, record: dict[str, Any]) -> None:
+        """Everything of `part` has been kept; `record` is what the report says of it."""
+        _replace(self._record(part), json.dumps(record))
 
-    def _record(self, layer: int) -> Path:
-        return self.directory / f"layer.{layer}.json"
+    def _record(self, part: str) -> Path:
+        return self.directory / f"{part.replace('/', '.')}.json"
 
     def _array(self, name: str) -> Path:
         return self.directory / f"{name.replace('/', '.')}.npy"
