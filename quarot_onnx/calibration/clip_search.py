@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from quarot_onnx import ops
+from quarot_onnx.calibration.journal import Journal
 from quarot_onnx.calibration.layers import Compute, Float32, Progress, walk
 from quarot_onnx.calibration.tokens import Calibration
 from quarot_onnx.decoder import Decoder
@@ -28,13 +29,18 @@ _LOGITS_AT_ONCE = 1 << 24  # 64 MB in float32
 
 
 def minimum(
-    loss: Callable[[float], float], start: float, low: float = LOW, high: float = HIGH
+    loss: Callable[[float], float],
+    start: float,
+    known: float | None = None,
+    low: float = LOW,
+    high: float = HIGH,
 ) -> tuple[float, float]:
     """The best clip that a binary search tries, and its loss; `start` is tried, too.
 
-    Each step tries the middles of both halves of the interval and keeps the better half.
+    Each step tries the middles of both halves of the interval and keeps the better half. The loss
+    of `start` may be `known`.
     """
-    tried = {start: loss(start)}
+    tried = {start: loss(start) if known is None else known}
     for _ in range(_STEPS):
         middle = (low + high) / 2
         left, right = (low + middle) / 2, (middle + high) / 2
@@ -50,6 +56,7 @@ def search_clips(
     calibration: Calibration,
     logits: ir.Value,
     quantizers: Sequence[Quantizer],
+    journal: Journal,
     progress: Progress | None = None,
 ) -> Iterator[tuple[Quantizer, float, float]]:
     """Set each quantizer's clip, in order; gives the quantizer, its old clip and the loss in nats.
@@ -59,6 +66,7 @@ def search_clips(
         calibration: on which the loss is measured.
         logits: the graph's output.
         quantizers: in the order of computation.
+        journal: keeps the clip of every site; those that it has are not searched again.
         progress: called after each layer.
     """
     by_layer: dict[int, list[Quantizer]] = {}
@@ -66,24 +74,45 @@ def search_clips(
         by_layer.setdefault(quantizer.site.layer, []).append(quantizer)
     for run in walk(decoder, calibration, progress=progress):
         searched = by_layer.get(run.layer.index, [])
+        before = {each: each.clip_ratio for each in searched}
+        least = None
+        while searched and (found := journal.record(_part(searched[0]))) is not None:
+            quantizer, *searched = searched
+            quantizer.set_clip_ratio(found["clip_ratio"])
+            least = float(found["loss"])
+            yield quantizer, before[quantizer], least
         if not searched:
             continue
         with run.rest(logits, partial(_take_clips, quantizers=searched)) as compute:
             for quantizer in searched:
-                yield quantizer, *_search(quantizer, searched, partial(_loss, compute, calibration))
+                loss = partial(_loss, compute, calibration)
+                # With the clip that it has, the model is the one that the last site ended with.
+                least = _search(quantizer, searched, loss, least)
+                found = {"clip_ratio": quantizer.clip_ratio, "loss": least}
+                journal.finish(_part(quantizer), found)
+                yield quantizer, before[quantizer], least
+
+
+def _part(quantizer: Quantizer) -> str:
+    """Of the journal."""
+    return f"clip_ratio{quantizer.site.name}"
 
 
 def _search(
     quantizer: Quantizer,
     beside: Sequence[Quantizer],
     loss: Callable[[Mapping[str, float]], float],
-) -> tuple[float, float]:
-    """Set the clip of one of the quantizers of a layer; its old clip and the loss with the new."""
-    before = quantizer.clip_ratio
+    known: float | None,
+) -> float:
+    """Set the clip of one of the quantizers of a layer; the loss with it.
+
+    `known` is the loss with the clip that the quantizer has, where that was measured.
+    """
     clips = {_input_of(each): each.clip_ratio for each in beside}
-    best, least = minimum(lambda clip: loss({**clips, _input_of(quantizer): clip}), before)
+    start = quantizer.clip_ratio
+    best, least = minimum(lambda clip: loss({**clips, _input_of(quantizer): clip}), start, known)
     quantizer.set_clip_ratio(best)
-    return before, least
+    return least
 
 
 def _input_of(quantizer: Quantizer) -> str:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is finished of a calibrated run: arrays and records on disk, so that it can go on.
+"""What is finished of a calibrated run: records and arrays on disk, so that it can go on.
 
-A part of the run (a layer, the steps of a training so far) counts as finished when its record is in
-place, which is renamed there last. Arrays are memory-mapped: codes of a large model never lie in
-memory all at once.
+A part of it, such as ``layers.3``, is finished when its record is in place, which is renamed there
+last. Arrays are memory-mapped: codes of a large model never lie in memory all at once.
 """
 
 import json
@@ -23,7 +22,7 @@ _KEY = "run.json"
 
 
 class Journal:
-    """A directory of finished parts.
+    """A directory of what is finished.
 
     Without a directory it is a temporary one, which lives as long as this object.
     """
@@ -61,12 +60,12 @@ class Journal:
             )
 
     def record(self, part: str) -> dict[str, Any] | None:
-        """What `finish` was given last for `part`; None where it is not finished."""
+        """What `finish` was given for `part`; None where it is not finished."""
         path = self._record(part)
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
     def keep(self, name: str, array: NDArray[Any]) -> None:
-        """Store `array` under `name`, such as a weight's.
+        """Store `array` under `name`, which is a weight's.
 
         Raises:
             ResourceError: the disk is full.
@@ -86,11 +85,11 @@ class Journal:
         return mapped
 
     def finish(self, part: str, record: dict[str, Any]) -> None:
-        """Everything of `part` has been kept; `record` is what there is to say of it."""
+        """Everything of `part` has been kept; `record` is what the report says of it."""
         _replace(self._record(part), json.dumps(record))
 
     def _record(self, part: str) -> Path:
-        return self.directory / f"{part}.record.json"
+        return self.directory / f"{part.replace('/', '.')}.json"
 
     def _array(self, name: str) -> Path:
         return self.directory / f"{name.replace('/', '.')}.npy"

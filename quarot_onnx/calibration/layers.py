@@ -37,8 +37,9 @@ Compute = Callable[[slice, Mapping[str, Float32]], list[Float32]]
 """The outputs of a part of the graph for a slice of the windows and more inputs by name."""
 
 HELD_BYTES = 256 << 20
-"""States larger than this are streamed to disk; activations of a batch stay below it."""
+"""States larger than this are streamed to disk; a batch has as many windows as fit below it."""
 
+_RUN_BYTES = 32 << 20  # activations of the windows of a batch that ONNX Runtime is given at once
 _WIDEST = 4  # activations of a layer, in multiples of its widest linear, alive at once
 
 
@@ -212,7 +213,8 @@ class _Runner:
         """`ends` for a batch of windows at a time, computed from the stored values of `start`."""
         with self.opened(ends, start) as compute:
             for rows in self._batches():
-                yield rows, compute(rows, {})
+                parts = [compute(part, {}) for part in _parts(rows, _RUN_BYTES // self._bytes)]
+                yield rows, [np.concatenate(each) for each in zip(*parts, strict=True)]
 
     @contextmanager
     def opened(
@@ -239,14 +241,17 @@ class _Runner:
 
             yield compute
 
-    def _batches(self) -> Iterator[slice]:
-        windows, length = self.calibration.tokens.shape
+    @property
+    def _bytes(self) -> int:
+        """Of the activations of a window that are alive at once."""
+        length = self.calibration.tokens.shape[1]
         layer = self.decoder.layers[0]
         widest = max(max(x.in_features, x.out_features) for x in layer.linears)
-        held = 4 * length * (_WIDEST * widest + layer.attention.num_heads * length)
-        step = max(1, HELD_BYTES // held)
-        for first in range(0, windows, step):
-            yield slice(first, min(first + step, windows))
+        held: int = 4 * length * (_WIDEST * widest + layer.attention.num_heads * length)
+        return held
+
+    def _batches(self) -> Iterator[slice]:
+        return _parts(slice(0, len(self.calibration.tokens)), HELD_BYTES // self._bytes)
 
     def _feeds(
         self, rows: slice, start: ir.Value | None, cache: Mapping[str, ir.Value]
@@ -267,6 +272,13 @@ class _Runner:
         if start is not None and self.stored is not None:
             feeds[start.name or ""] = np.ascontiguousarray(self.stored[rows])
         return feeds
+
+
+def _parts(rows: slice, count: int) -> Iterator[slice]:
+    """`rows` in parts of `count`, or of one."""
+    step = max(1, count)
+    for first in range(rows.start, rows.stop, step):
+        yield slice(first, min(first + step, rows.stop))
 
 
 def _by_token(value: Float32) -> Float32:

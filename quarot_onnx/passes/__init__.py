@@ -66,7 +66,7 @@ def pipeline(
     passes += _offline(recipe, decoder, calibration, transforms or Transforms())
     passes += _online(recipe, decoder, transforms or Transforms())
     passes += _of_weights(recipe, decoder, calibration, journal, progress)
-    return passes + _quantize_activations(recipe, decoder, calibration, progress)
+    return passes + _quantize_activations(recipe, decoder, calibration, journal, progress)
 
 
 def _of_weights(
@@ -99,7 +99,11 @@ def _of_weights(
 
 
 def _quantize_activations(
-    recipe: Recipe, decoder: Decoder, calibration: Calibration | None, progress: Progress | None
+    recipe: Recipe,
+    decoder: Decoder,
+    calibration: Calibration | None,
+    journal: Journal | None,
+    progress: Progress | None,
 ) -> list[Pass]:
     """Activations, then the cache; then a search over what both clip, where one is asked for."""
     roundings = Roundings(decoder, recipe, calibration, progress)
@@ -118,7 +122,8 @@ def _quantize_activations(
         searched += quantized[-1:] if cache.clip == "perplexity" else []
     if searched and calibration is not None:
         part = calibration.part(recipe.calibration.search_windows)
-        return [*quantized, SearchClipsPass(decoder, part, searched, progress)]
+        search = SearchClipsPass(decoder, part, searched, journal=journal, progress=progress)
+        return [*quantized, search]
     return [*quantized]
 
 

@@ -64,7 +64,7 @@ class CalibrateWeightsPass(Pass):
         records: list[dict[str, Any]] = []
         skipped = float_routers(self.decoder)
         for run in walk(self.decoder, self.calibration, progress=self.progress):
-            part = f"layer.{run.layer.index}"
+            part = f"layers.{run.layer.index}"
             finished = self.journal.record(part)
             if finished is None:
                 finished = {"linears": self._quantize(run)}
@@ -157,7 +157,9 @@ def _hessians(run: LayerRun, level: tuple[Linear, ...]) -> dict[str, tuple[Float
         for name, x in batch.items():
             sums[name] += x.T @ x
             tokens[name] += len(x)
-    return {name: (sums[name] / max(tokens[name], 1), tokens[name]) for name in values}
+    for name, total in sums.items():
+        np.divide(total, max(tokens[name], 1), out=total)
+    return {name: (sums[name], tokens[name]) for name in values}
 
 
 def _snr_db(weight: Float64, found: Codes, hessian: Float64, power: float) -> float | None:

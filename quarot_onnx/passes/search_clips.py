@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 from quarot_onnx.calibration.clip_search import search_clips
+from quarot_onnx.calibration.journal import Journal
 from quarot_onnx.calibration.layers import Progress
 from quarot_onnx.calibration.tokens import Calibration
 from quarot_onnx.decoder import Decoder
@@ -32,16 +33,19 @@ class SearchClipsPass(Pass):
         decoder: Decoder,
         calibration: Calibration,
         quantized: Sequence[QuantizeActivationsPass | QuantizeKvCachePass],
+        *,
+        journal: Journal | None = None,
         progress: Progress | None = None,
     ) -> None:
         """`quantized`: the passes whose quantizers are searched; they run before this one."""
         super().__init__(decoder)
         self.calibration = calibration
         self.quantized = quantized
+        self.journal = journal or Journal()
         self.progress = progress
 
     def rewrite(self) -> Report:
-        """Search every site, in the order of computation."""
+        """Search every site, in the order of computation; finished ones are in the journal."""
         found = [quantizer for each in self.quantized for quantizer in each.quantizers]
         found.sort(key=lambda each: (each.site.layer, _ORDER.index(each.site.kind)))
         logits = next(v for v in self.decoder.model.graph.outputs if v.name == "logits")
@@ -53,7 +57,7 @@ class SearchClipsPass(Pass):
                 "perplexity": math.exp(loss),
             }
             for quantizer, before, loss in search_clips(
-                self.decoder, self.calibration, logits, found, self.progress
+                self.decoder, self.calibration, logits, found, self.journal, self.progress
             )
         ]
         detail = f"by perplexity on {self.calibration.tokens.size} tokens"

@@ -55,7 +55,7 @@ def gptq(
     starts = range(0, len(weight), rows)
     grids = [grid_of(weight[start : start + rows], form) for start in starts] if is_static else []
     order = np.argsort(-np.diag(hessian), kind="stable") if act_order else np.arange(len(weight))
-    factor = inverse_factor(hessian[np.ix_(order, order)], damping)
+    factor = inverse_factor(hessian[np.ix_(order, order)] if act_order else hessian, damping)
     left = weight[order]  # a copy: rows behind the current one are changed
     codes = np.empty_like(left)
     # Whole groups, so that a grid sees every update of its rows.
@@ -81,41 +81,50 @@ def gptq(
 def inverse_factor(hessian: Float64, damping: float) -> Float64:
     """Upper triangular U with ``U.T @ U = inverse(hessian + damping * mean diagonal)``.
 
-    An input that is always 0 has no say in the others; its own entry becomes 1.
+    An input that is always 0 has no say in the others; its own entry becomes 1. The diagonal of
+    `hessian`, of which there is no copy, is changed and restored: of a large one each takes as much
+    memory as all weights of a layer.
 
     Raises:
         InputError: not finite, or not positive definite at any damping.
     """
     if not np.isfinite(hessian).all():
         raise InputError("hessian: not finite; the activations of the calibration text overflow")
-    damped = hessian.copy()
-    diagonal = np.einsum("ii->i", damped)  # a view
-    diagonal[diagonal == 0] = 1
-    original, mean = diagonal.copy(), diagonal.mean()
-    while damping <= _MOST_DAMPING:
-        diagonal[:] = original + damping * mean
-        try:
-            # With rows and columns reversed, a lower triangular factor is an upper one:
-            # H = R @ R.T, so that inverse(H) = inverse(R).T @ inverse(R).
-            lower: Float64 = np.linalg.cholesky(damped[::-1, ::-1]).astype(np.float64, copy=False)
-        except np.linalg.LinAlgError:
-            damping *= 10
-            continue
-        return upper_inverse(lower[::-1, ::-1])
+    diagonal = np.einsum("ii->i", hessian)  # a view
+    given = diagonal.copy()
+    original = np.where(given == 0, 1, given)
+    mean = original.mean()
+    try:
+        while damping <= _MOST_DAMPING:
+            diagonal[:] = original + damping * mean
+            try:
+                # With rows and columns reversed, a lower triangular factor is an upper one:
+                # H = R @ R.T, so that inverse(H) = inverse(R).T @ inverse(R).
+                lower: Float64 = np.linalg.cholesky(hessian[::-1, ::-1]).astype(
+                    np.float64, copy=False
+                )
+            except np.linalg.LinAlgError:
+                damping *= 10
+                continue
+            upper = lower[::-1, ::-1]
+            invert_upper(upper)
+            return upper
+    finally:
+        diagonal[:] = given
     raise InputError("hessian: not positive definite; the calibration text has too little variety")
 
 
-def upper_inverse(upper: Float64) -> Float64:
-    """The inverse of an upper triangular matrix, by halves."""
+def invert_upper(upper: Float64) -> None:
+    """Replace an upper triangular matrix by its inverse, by halves."""
     size = len(upper)
     if size <= _LEAF:
-        return np.triu(np.linalg.inv(upper))
+        upper[:] = np.triu(np.linalg.inv(upper))
+        return
     half = size // 2
-    first, second = upper_inverse(upper[:half, :half]), upper_inverse(upper[half:, half:])
-    inverse = np.zeros((size, size))
-    inverse[:half, :half], inverse[half:, half:] = first, second
-    inverse[:half, half:] = -first @ upper[:half, half:] @ second
-    return inverse
+    first, second, corner = upper[:half, :half], upper[half:, half:], upper[:half, half:]
+    invert_upper(first)
+    invert_upper(second)
+    corner[:] = -first @ corner @ second
 
 
 def output_power(weight: Float64, hessian: Float64) -> float:

@@ -73,6 +73,18 @@ def test_large_states_go_through_files_and_stay_the_same(
         np.testing.assert_allclose(got, state, rtol=0, atol=1e-5 * np.abs(state).max())
 
 
+def test_windows_that_run_one_by_one_are_captured_together_and_alike(
+    traced_once: None, hugging_face: HuggingFace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = walk(_decoder(hugging_face, "mixtral", "rotate-only", "float32"), CALIBRATION)
+    run = next(runs)
+    (wanted,) = run.capture(run.sites)
+    monkeypatch.setattr("quarot_onnx.calibration.layers._RUN_BYTES", 1)
+    (found,) = run.capture(run.sites)
+    for name, rows in wanted.items():
+        np.testing.assert_allclose(found[name], rows, atol=1e-5 * np.abs(rows).max(), err_msg=name)
+
+
 def test_the_inputs_of_linears_are_captured_behind_the_online_hadamards(
     traced_once: None, hugging_face: HuggingFace
 ) -> None:

@@ -79,3 +79,36 @@ def test_a_search_that_looks_the_other_way_is_caught(
         found, records = _exported(model, _recipe(), tmp_path / "searched")
     assert found > 1.01 * before
     assert found != pytest.approx(records[-1]["perplexity"], rel=1e-3)
+
+
+def test_a_killed_search_goes_on_with_the_site_after_the_last_that_it_finished(
+    traced_once: None, hugging_face: HuggingFace, tmp_path: Path
+) -> None:
+    model, trials = hugging_face("llama"), []
+
+    def searched(out: Path, stop_after: int | None) -> dict[str, Any]:
+        original = clip_search._loss
+
+        def counted(*arguments: Any) -> float:
+            trials.append(arguments)
+            if len(trials) == stop_after:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        trials.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(clip_search, "_loss", counted)
+            export(model, out, _recipe(), calibration=CALIBRATION, resume=True, certify=False)
+        return load_manifest(out)
+
+    whole = searched(tmp_path / "whole", None)
+    in_all, in_a_layer = len(trials), 3 + 5 * 2  # a site's start is known but for the first one
+    assert in_all == 3 * in_a_layer
+    with pytest.raises(KeyboardInterrupt):
+        searched(tmp_path / "out", in_a_layer + 3 + 2 + 1)  # in the third site of the second layer
+    assert not (tmp_path / "out").exists()
+    resumed = searched(tmp_path / "out", None)
+    assert len(trials) == in_all - in_a_layer - 3 - 2
+    assert resumed["passes"] == whole["passes"]
+    assert resumed["files"] == whole["files"]
+    assert not (tmp_path / "out.calibration").exists()

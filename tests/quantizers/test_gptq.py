@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from quarot_onnx.errors import InputError
 from quarot_onnx.quantizers.form import Form
-from quarot_onnx.quantizers.gptq import gptq, inverse_factor, output_power, upper_inverse
+from quarot_onnx.quantizers.gptq import gptq, inverse_factor, invert_upper, output_power
 from quarot_onnx.quantizers.grid import grid_of, nearest
 
 Array = NDArray[np.float64]
@@ -140,12 +140,16 @@ def test_fewer_tokens_than_features_are_enough() -> None:
 def test_the_factor_is_that_of_the_inverse(size, seed) -> None:
     x = _inputs(size, seed, tokens=2 * size + 10)
     hessian = x.T @ x
+    given_hessian = hessian.copy()
     factor = inverse_factor(hessian, 0.01)
+    np.testing.assert_array_equal(hessian, given_hessian)
     damped = hessian + 0.01 * np.diag(hessian).mean() * np.eye(size)
     assert not np.tril(factor, -1).any()
     np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(size), atol=1e-8)
     triangle = np.triu(np.random.default_rng(seed).normal(size=(size, size))) + 30 * np.eye(size)
-    np.testing.assert_allclose(upper_inverse(triangle) @ triangle, np.eye(size), atol=1e-9)
+    inverse = triangle.copy()
+    invert_upper(inverse)
+    np.testing.assert_allclose(inverse @ triangle, np.eye(size), atol=1e-9)
 
 
 def test_refuses_activations_that_overflow() -> None:
@@ -154,5 +158,7 @@ def test_refuses_activations_that_overflow() -> None:
     assert str(caught.value) == (
         "hessian: not finite; the activations of the calibration text overflow"
     )
+    hessian = np.array([[1.0, -50.0], [-50.0, 1.0]])
     with pytest.raises(InputError, match="not positive definite"):
-        gptq(np.ones((2, 2)), np.array([[1.0, -50.0], [-50.0, 1.0]]), Form(4))
+        gptq(np.ones((2, 2)), hessian, Form(4))
+    assert hessian[0, 0] == hessian[1, 1] == 1
