@@ -79,7 +79,9 @@ def _weight_errors(subject: Subject) -> Iterator[tuple[str, float]]:
                 grouped -= zero.numpy().astype(np.float64)[:, None]
             grouped *= steps if steps.ndim == 1 else steps[:, None]
             found = grouped.reshape(found.shape)
-            yield name, _rounding_error(found, wanted, subject.recipe.weights.bits, len(grouped))
+            weights = subject.recipe.weights
+            form = weights.down_proj_form if module.endswith(".down_proj") else weights.form
+            yield name, _rounding_error(found, wanted, form.bits, len(grouped))
 
 
 def _rounding_error(found: Float64, wanted: Float64, bits: int, groups: int) -> float:
