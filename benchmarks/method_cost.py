@@ -7,8 +7,8 @@
 Each export runs in a process of its own, without certificates; its anonymous memory is sampled from
 /proc, as in ``export_1b.py``. The large model is the shape of Llama-3.2-1B with random weights and
 random calibration tokens, cut to some layers: the cost of a calibrated method grows with their
-number, and the table says what a layer takes. ``--layers 0`` leaves it out. A training costs so much
-a step: ``--set learning.steps=10`` cuts it.
+number, and the table says what a layer takes. ``--layers 0`` leaves it out. ``--set
+learning.steps=10`` cuts a training, whose cost grows with its steps.
 """
 
 import argparse
