@@ -39,6 +39,7 @@ from quarot_onnx.transforms import Transforms, inverse
 from quarot_onnx.weights import Float64
 
 ATTENTION_NAME = "quarot_fake_quant"
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _EXACT_FLOAT32 = 1 << 24  # every integer up to here is a float32
 
 
@@ -280,6 +281,7 @@ class CodeLinear(torch.nn.Module):
         rotate: in front, or None.
         rounding: of the input, or None.
         settings: shared by the model.
+        outliers: input features that stay float [n], and their weights [out, n]; or None.
     """
 
     def __init__(
@@ -290,9 +292,11 @@ class CodeLinear(torch.nn.Module):
         rotate: OnlineHadamard | None,
         rounding: Rounding | None,
         settings: Settings,
+        outliers: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.weight, self.scale, self.bias = weight, scale, bias
+        self.outliers = outliers
         self.rotate = rotate
         self.rounding = rounding
         self.settings = settings
@@ -301,6 +305,12 @@ class CodeLinear(torch.nn.Module):
         """Y [..., out] of x [..., in]."""
         if self.rotate is not None:
             x = self.rotate(x)
+        beside = self.bias
+        if self.outliers is not None:
+            features, weight = self.outliers
+            outlying = functional.linear(x[..., features], weight)
+            beside = outlying if beside is None else outlying + beside
+            x = x.index_fill(-1, features, 0.0)
         if self.rounding is not None and self.settings.is_quantizing:
             y = self._product(*_rounded(x, self.rounding), self.rounding)
         elif self.scale is not None and self.scale.dim() == 2:
@@ -309,7 +319,7 @@ class CodeLinear(torch.nn.Module):
             y = functional.linear(x, self.weight)
         if self.scale is not None and self.scale.dim() == 1:
             y = y * self.scale
-        return y if self.bias is None else y + self.bias
+        return y if beside is None else y + beside
 
     def _by_part(self, parts: int) -> torch.Tensor:
         """The scales [groups, out] for each of `parts` equal parts of the inputs; [parts, out]."""
@@ -513,6 +523,35 @@ def _tensor(
     return torch.from_numpy(initializers[name].numpy().astype(np.float32))
 
 
+def outlier_features(
+    initializers: Mapping[str, ir.TensorProtocol], module: str
+) -> NDArray[np.int64] | None:
+    """The input features of linear `module` that stay float; None where all are codes.
+
+    The graph names them after the first of the linears that read the same input.
+    """
+    if f"{module}.weight_outliers" not in initializers:
+        return None
+    root, layers, index, block, last = module.split(".")
+    for first in next((group for group in _SAME_INPUT if last in group), (last,)):
+        held = initializers.get(f"/{root}/{layers}.{index}/{block}/{first}/outliers.features")
+        if held is not None:
+            features: NDArray[np.int64] = np.array(held.numpy())
+            return features
+    return None
+
+
+def _outliers(
+    initializers: Mapping[str, ir.TensorProtocol], module: str, artifact: Path
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Of linear `module`: the features that stay float and their weights [out, features]."""
+    features = outlier_features(initializers, module)
+    if features is None:
+        return None
+    weight = _tensor(initializers, f"{module}.weight_outliers", artifact)
+    return torch.from_numpy(features), weight.T.contiguous()
+
+
 def _in_front_of_linears(
     recipe: Recipe, config: Any, given: Transforms
 ) -> dict[str, OnlineHadamard]:
@@ -586,6 +625,7 @@ def _fill(
             online.get(name),
             roundings.get(name),
             settings,
+            _outliers(initializers, name, artifact),
         )
         out_features, in_features = module.weight.shape
         in_features += online[name].zeros if name in online else 0
