@@ -92,6 +92,15 @@ class Decoder:
         states = (norm.node.inputs[0] for norm in norms)
         return tuple(state for state in states if state is not None)
 
+    def norms_of(self, layer: Layer) -> tuple[Norm, Norm]:
+        """The norms that attention and feed-forward of a dense `layer` read; perhaps one for both.
+
+        Raises:
+            UnsupportedModelError: the layer is a mixture of experts.
+        """
+        norm_of = {reader: norm for norm in self.norms for reader in norm.readers}
+        return norm_of[layer.attention.q], norm_of[layer.mlp.readers[0]]
+
     @property
     def post_norms(self) -> tuple[PostNorm, ...]:
         """Every norm between a writer and the stream."""

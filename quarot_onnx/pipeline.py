@@ -117,7 +117,9 @@ def rewrite(
     if recipe.learning.places and calibration is not None and transforms is None:
         from quarot_onnx.learning import learn  # noqa: PLC0415  # imports torch's optimizers
 
-        learned = learn(checkpoint.directory, recipe, calibration, progress=progress)
+        learned = learn(
+            checkpoint.directory, recipe, calibration, journal=journal, progress=progress
+        )
         reports.append(learned.report)
         transforms = learned.transforms
     passes = pipeline(recipe, decoder, calibration, transforms, journal=journal, progress=progress)

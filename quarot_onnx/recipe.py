@@ -67,29 +67,30 @@ class Smoothing(_Spec):
     alpha: float = Field(default=0.5, ge=0, le=1)
 
 
-Place = Literal["r1", "r2", "value", "key", "heads", "down", "up", "norms"]
+Place = Literal["r1", "r2", "value", "key", "heads", "down", "up", "norms", "inputs"]
 """A place whose matrix can be learned; `quarot_onnx.transforms` says what stands there."""
 
 
 class Learning(_Spec):
     """Which matrices are trained on calibration text, and how.
 
-    ``r1`` and ``r2`` stay orthogonal, as in SpinQuant; ``value``, ``key``, ``heads`` and ``down``
-    are free invertible matrices, as in FlatQuant; ``up`` and ``norms`` are scales of channels.
+    ``r1`` and ``r2`` stay orthogonal, as in SpinQuant; ``value``, ``key``, ``heads``, ``down`` and
+    ``inputs`` (of q, k, v and of gate, up) are free invertible matrices, as in FlatQuant; ``up``
+    and ``norms`` are scales of channels.
     """
 
     places: list[Place] = []
     steps: int = Field(default=300, ge=1)
     batch: int = Field(default=4, ge=1)
     rotation_rate: float = Field(default=0.01, gt=0)
-    matrix_rate: float = Field(default=0.002, gt=0)
+    matrix_rate: float = Field(default=0.01, gt=0)
     scale_rate: float = Field(default=0.005, gt=0)
     weight_bits: Literal[3, 4, 5, 6, 8, 16] = 16
 
     @property
     def online(self) -> list[str]:
         """The places whose matrices run as nodes of the graph."""
-        return [place for place in self.places if place in ("key", "heads", "down")]
+        return [place for place in self.places if place in ("key", "heads", "down", "inputs")]
 
 
 class Weights(_Spec):

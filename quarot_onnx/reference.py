@@ -39,7 +39,7 @@ from quarot_onnx.transforms import Transforms, inverse
 from quarot_onnx.weights import Float64
 
 ATTENTION_NAME = "quarot_fake_quant"
-_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_FLOAT_BITS = 16
 _EXACT_FLOAT32 = 1 << 24  # every integer up to here is a float32
 
 
@@ -523,6 +523,12 @@ def _tensor(
     return torch.from_numpy(initializers[name].numpy().astype(np.float32))
 
 
+_READERS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+)  # of the first and of the second norm of a layer
+
+
 def outlier_features(
     initializers: Mapping[str, ir.TensorProtocol], module: str
 ) -> NDArray[np.int64] | None:
@@ -532,9 +538,10 @@ def outlier_features(
     """
     if f"{module}.weight_outliers" not in initializers:
         return None
-    root, layers, index, block, last = module.split(".")
-    for first in next((group for group in _SAME_INPUT if last in group), (last,)):
-        held = initializers.get(f"/{root}/{layers}.{index}/{block}/{first}/outliers.features")
+    root, layers, index, reader = module.split(".", 3)
+    for first in next((readers for readers in _READERS if reader in readers), (reader,)):
+        at = f"/{root}/{layers}.{index}/{first.replace('.', '/')}"
+        held = initializers.get(f"{at}/outliers.features")
         if held is not None:
             features: NDArray[np.int64] = np.array(held.numpy())
             return features
@@ -566,6 +573,10 @@ def _in_front_of_linears(
             online[f"{layer}.self_attn.o_proj"] = OnlineHadamard.given(matrix, inner=size)
         elif recipe.rotations.heads and across.kind == "full":
             online[f"{layer}.self_attn.o_proj"] = OnlineHadamard.of(across, inner=size)
+        for which, readers in enumerate(_READERS):
+            if (factors := given.inputs(index, which)) is not None:
+                turn = OnlineHadamard.given(*factors)
+                online |= dict.fromkeys((f"{layer}.{reader}" for reader in readers), turn)
         if (factors := given.down(index)) is not None:
             online[f"{layer}.mlp.down_proj"] = OnlineHadamard.given(*factors)
         elif recipe.rotations.r4 and r4.kind != "none":
@@ -582,7 +593,7 @@ def _of_cache(
         InputError: the recipe rounds them and no pass records how.
     """
     bits = settings.recipe.kv_cache.bits
-    if bits == 16:
+    if bits == _FLOAT_BITS:
         return {}
     found = {}
     for kind in ("key", "value"):
@@ -604,47 +615,23 @@ def _fill(
     artifact: Path,
 ) -> None:
     """Put the artifact's weights and the recipe's online Hadamards into `model`."""
-    rotations, config = settings.recipe.rotations, model.config
-    given = Transforms.of_artifact(artifact, dimensions(config.to_dict()))
-    online = _in_front_of_linears(settings.recipe, config, given)
-    r3 = plan(_cache_shape(config)[1])
+    given = Transforms.of_artifact(artifact, dimensions(model.config.to_dict()))
+    online = _in_front_of_linears(settings.recipe, model.config, given)
     for name, module in list(model.named_modules()):
-        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
-            continue
-        weight = f"{name}.weight"
-        scale = f"{weight}_scale" if f"{weight}_scale" in initializers else None
-        codes = _tensor(initializers, weight, artifact)
-        if f"{weight}_zero" in initializers:
-            zero = _tensor(initializers, f"{weight}_zero", artifact)
-            codes = (codes.reshape(len(zero), -1, zero.shape[1]) - zero[:, None]).flatten(0, 1)
-        parent, _, last = name.rpartition(".")
-        replacement = CodeLinear(
-            codes.T.contiguous(),
-            None if scale is None else _tensor(initializers, scale, artifact),
-            None if module.bias is None else _tensor(initializers, f"{name}.bias", artifact),
-            online.get(name),
-            roundings.get(name),
-            settings,
-            _outliers(initializers, name, artifact),
-        )
-        out_features, in_features = module.weight.shape
-        in_features += online[name].zeros if name in online else 0
-        if tuple(replacement.weight.shape) != (out_features, in_features):
-            raise InputError(
-                f"{artifact / MODEL}: initializer {weight} has shape "
-                f"{list(replacement.weight.shape[::-1])} where config.json implies "
-                f"{[in_features, out_features]}; export again"
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            linear = _code_linear(
+                module,
+                name,
+                initializers,
+                online.get(name),
+                roundings.get(name),
+                settings,
+                artifact,
             )
-        setattr(model.get_submodule(parent), last, replacement)
-    for index, decoder_layer in enumerate(model.model.layers):
-        attention = decoder_layer.self_attn
-        attention.quarot_settings, attention.quarot_r3 = settings, None
-        attention.quarot_roundings = _of_cache(index, roundings, settings, artifact)
-        if (matrix := given.key(index)) is not None:
-            turns = inverse(matrix).T, matrix
-            attention.quarot_r3 = tuple(OnlineHadamard.given(turn) for turn in turns)
-        elif rotations.r3 and r3.kind != "none":
-            attention.quarot_r3 = (OnlineHadamard.of(r3),) * 2
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, linear)
+    for index, layer in enumerate(model.model.layers):
+        _set_attention(layer.self_attn, index, settings, given, roundings, artifact)
     for name, parameter in list(model.named_parameters()):
         value = _tensor(initializers, name, artifact)
         if name == "lm_head.weight":
@@ -656,3 +643,56 @@ def _fill(
             )
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, torch.nn.Parameter(value, requires_grad=False))
+
+
+def _code_linear(
+    module: torch.nn.Linear,
+    name: str,
+    initializers: Mapping[str, ir.TensorProtocol],
+    rotate: OnlineHadamard | None,
+    rounding: Rounding | None,
+    settings: Settings,
+    artifact: Path,
+) -> CodeLinear:
+    """What takes the place of the linear `name`."""
+    weight = f"{name}.weight"
+    scale = f"{weight}_scale" if f"{weight}_scale" in initializers else None
+    codes = _tensor(initializers, weight, artifact)
+    if f"{weight}_zero" in initializers:
+        zero = _tensor(initializers, f"{weight}_zero", artifact)
+        codes = (codes.reshape(len(zero), -1, zero.shape[1]) - zero[:, None]).flatten(0, 1)
+    out_features, in_features = module.weight.shape
+    in_features += 0 if rotate is None else rotate.zeros
+    if tuple(codes.shape) != (in_features, out_features):
+        raise InputError(
+            f"{artifact / MODEL}: initializer {weight} has shape {list(codes.shape)} where "
+            f"config.json implies {[in_features, out_features]}; export again"
+        )
+    return CodeLinear(
+        codes.T.contiguous(),
+        None if scale is None else _tensor(initializers, scale, artifact),
+        None if module.bias is None else _tensor(initializers, f"{name}.bias", artifact),
+        rotate,
+        rounding,
+        settings,
+        _outliers(initializers, name, artifact),
+    )
+
+
+def _set_attention(
+    attention: Any,
+    index: int,
+    settings: Settings,
+    given: Transforms,
+    roundings: Mapping[str, Rounding],
+    artifact: Path,
+) -> None:
+    """Tell the attention of layer `index` what it does to keys, queries and the cache."""
+    attention.quarot_settings, attention.quarot_r3 = settings, None
+    attention.quarot_roundings = _of_cache(index, roundings, settings, artifact)
+    r3 = plan(attention.head_dim)
+    if (matrix := given.key(index)) is not None:
+        turns = inverse(matrix).T, matrix
+        attention.quarot_r3 = tuple(OnlineHadamard.given(turn) for turn in turns)
+    elif settings.recipe.rotations.r3 and r3.kind != "none":
+        attention.quarot_r3 = (OnlineHadamard.of(r3),) * 2

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UnsupportedModelError
-from quarot_onnx.handles import Attention, Linear
+from quarot_onnx.handles import Linear
 from quarot_onnx.ops import Array, Float32, groups
 from quarot_onnx.recipe import Activations, KvCache
 
@@ -107,12 +107,6 @@ def activation_sites(decoder: Decoder, activations: Activations) -> list[Site]:
         for x, linears in readers.items():
             first = linears[0]
             kind = kinds.get(first.node, "qkv")
-            bits, clip_ratio = activations.bits, activations.clip_ratio
-            if kind == "down_proj" and activations.down_proj_bits is not None:
-                bits, clip_ratio = activations.down_proj_bits, activations.down_proj_clip_ratio
-            size = _group_size(
-                activations.group_size, first.in_features, decoder.hidden_size, first.name
-            )
             sites.append(
                 Site(
                     layer.index,
@@ -121,10 +115,34 @@ def activation_sites(decoder: Decoder, activations: Activations) -> list[Site]:
                     kind,
                     x,
                     first.in_features,
-                    Rounding(bits, activations.mode != "asymmetric", clip_ratio, size),
+                    input_rounding(
+                        activations, kind, first.in_features, decoder.hidden_size, first.name
+                    ),
                 )
             )
     return sites
+
+
+def input_rounding(
+    activations: Activations, kind: str, features: int, hidden_size: int, where: str
+) -> Rounding:
+    """What the recipe says of the input of a linear, before anything is measured.
+
+    Args:
+        activations: of the recipe.
+        kind: `Site.kind`.
+        features: of the input.
+        hidden_size: of the residual stream.
+        where: the linear, for messages.
+
+    Raises:
+        UnsupportedModelError: the groups do not divide the input.
+    """
+    bits, clip_ratio = activations.bits, activations.clip_ratio
+    if kind == "down_proj" and activations.down_proj_bits is not None:
+        bits, clip_ratio = activations.down_proj_bits, activations.down_proj_clip_ratio
+    size = _group_size(activations.group_size, features, hidden_size, where)
+    return Rounding(bits, activations.mode != "asymmetric", clip_ratio, size)
 
 
 def moved_rows(node: ir.Node | None) -> ir.Value | None:
@@ -173,8 +191,7 @@ def cache_sites(decoder: Decoder, cache: KvCache) -> list[Site]:
     sites = []
     for layer in decoder.layers:
         attention = layer.attention
-        size = _head_group_size(cache.group_size, attention)
-        rounding = Rounding(cache.bits, cache.mode == "symmetric", cache.clip_ratio, size)
+        rounding = cache_rounding(cache, attention.head_dim, attention.node.name or "")
         for append, kind in ((attention.key_append, "key"), (attention.value_append, "value")):
             name = attention.cache_site(kind)
             new = append.inputs[1]
@@ -185,15 +202,19 @@ def cache_sites(decoder: Decoder, cache: KvCache) -> list[Site]:
     return sites
 
 
-def _head_group_size(asked: int, attention: Attention) -> int:
-    if asked == 0 or asked >= attention.head_dim:
-        return attention.head_dim
-    if attention.head_dim % asked:
+def cache_rounding(cache: KvCache, head_dim: int, where: str) -> Rounding:
+    """What the recipe says of keys and values, before anything is measured; `where`: for messages.
+
+    Raises:
+        UnsupportedModelError: the groups do not divide a head.
+    """
+    size = min(cache.group_size or head_dim, head_dim)
+    if head_dim % size:
         raise UnsupportedModelError(
-            f"{attention.node.name}: head_dim = {attention.head_dim} is no multiple of "
-            f"kv_cache.group_size = {asked}; choose a divisor of {attention.head_dim}"
+            f"{where}: head_dim = {head_dim} is no multiple of kv_cache.group_size = {size}; "
+            f"choose a divisor of {head_dim}"
         )
-    return asked
+    return Rounding(cache.bits, cache.mode == "symmetric", cache.clip_ratio, size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,18 +41,13 @@ def targets_of(recipe: "Recipe", transformed: Sequence[str] = ()) -> tuple[Targe
         transformed: places whose given matrices run online (`Transforms.online`).
     """
     reasons = [*_without_plugin(recipe)]
-    online = {*recipe.learning.online, *(_place(name) for name in transformed)}
+    online = {*recipe.learning.online, *transformed}
     if online:
         reasons.append(
             f"matrices of {', '.join(sorted(online))} run online: the Hadamard plugins take no "
             "other matrices"
         )
     return Target("onnxruntime"), Target("tensorrt", tuple(reasons))
-
-
-def _place(tensor: str) -> str:
-    """``key`` of ``self_attn.key``, ``down`` of ``mlp.down_A``."""
-    return tensor.rpartition(".")[2].removesuffix("_A")
 
 
 def _without_plugin(recipe: "Recipe") -> Iterator[str]:

@@ -20,6 +20,8 @@ H query heads, K cache heads and m = intermediate_size, of ``model.layers.N``:
 | ``mlp.up`` | [m] | divides up_proj's output, multiplies down_proj's weight |
 | ``input_layernorm.scale`` | [n] | multiplies the norm's output |
 | ``post_attention_layernorm.scale`` | [n] | the same |
+| ``input_layernorm.A``, ``.B`` | [a, a], [b, b] | the input of q, k and v, a b = n |
+| ``post_attention_layernorm.A``, ``.B`` | [a, a], [b, b] | that of gate and up |
 
 Orthogonal matrices are refused where they are not, and made so to float64 rounding where they were
 stored in fewer bits. All others need only be invertible: their inverses go into weights.
@@ -45,11 +47,17 @@ FILE = "transforms.safetensors"
 _ORTHOGONAL_WITHIN = 1e-2  # of max|Q Q^T - 1|: a matrix stored in bfloat16 is within 3e-3
 _LARGEST_CONDITION = 1e6  # beyond, float32 activations lose what they are transformed for
 
-_ONLINE = ("mlp.down_A", "self_attn.heads", "self_attn.key")
+_ONLINE = {  # the name of a tensor -> of its place in `quarot_onnx.recipe.Learning.places`
+    "input_layernorm.A": "inputs",
+    "mlp.down_A": "down",
+    "post_attention_layernorm.A": "inputs",
+    "self_attn.heads": "heads",
+    "self_attn.key": "key",
+}
 _IN_LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
 _ATTENTION = "model.layers.{}.self_attn."
 _MLP = "model.layers.{}.mlp."
-_NORMS = ("input_layernorm", "post_attention_layernorm")
+NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 @dataclass(frozen=True)
@@ -149,8 +157,8 @@ class Transforms:
 
     @property
     def online(self) -> list[str]:
-        """The places whose matrices run as nodes of the graph."""
-        return [place for place in self.places if place in _ONLINE]
+        """The places whose matrices run as nodes of the graph, by the names of a recipe."""
+        return sorted({_ONLINE[place] for place in self.places if place in _ONLINE})
 
     @property
     def r1(self) -> Float64 | None:
@@ -183,7 +191,12 @@ class Transforms:
 
     def norm(self, layer: int, which: int) -> Float64 | None:
         """What multiplies the output of a layer's first (0) or second (1) norm, [n]."""
-        return self._at("model.layers.{}.", layer, f"{_NORMS[which]}.scale")
+        return self._at("model.layers.{}.", layer, f"{NORMS[which]}.scale")
+
+    def inputs(self, layer: int, which: int) -> tuple[Float64, Float64] | None:
+        """A and B of what turns the output of a layer's first (0) or second (1) norm."""
+        a, b = (self._at("model.layers.{}.", layer, f"{NORMS[which]}.{side}") for side in "AB")
+        return None if a is None or b is None else (a, b)
 
     def _at(self, place: str, layer: int, name: str) -> Float64 | None:
         return self.tensors.get(place.format(layer) + name)
@@ -207,13 +220,16 @@ class Transforms:
             )
 
     def _require_factors(self, layer: int, dimensions: Dimensions) -> None:
-        a, b = (self._at(_MLP, layer, f"down_{side}") for side in "AB")
-        sizes = [len(x) for x in (a, b) if x is not None]
-        if sizes and (len(sizes) == 1 or math.prod(sizes) != _intermediate_size(dimensions)):
-            raise InputError(
-                f"{self.source}: layer {layer} has down_A and down_B of orders {sizes}, which do "
-                f"not make {_intermediate_size(dimensions)}; give both, with that product"
-            )
+        wanted = {"mlp.down_": _intermediate_size(dimensions)}
+        wanted |= {f"{norm}.": dimensions.hidden_size for norm in NORMS}
+        for place, size in wanted.items():
+            sides = (self._at("model.layers.{}.", layer, f"{place}{side}") for side in "AB")
+            sizes = [len(x) for x in sides if x is not None]
+            if sizes and (len(sizes) == 1 or math.prod(sizes) != size):
+                raise InputError(
+                    f"{self.source}: layer {layer} has {place}A and {place}B of orders {sizes}, "
+                    f"which do not make {size}; give both, with that product"
+                )
 
 
 def inverse(matrix: Float64) -> Float64:
@@ -242,7 +258,13 @@ def _shapes(dimensions: Dimensions) -> dict[str, tuple[int | None, ...]]:
             f"{mlp}down_B": (None, None),
             f"{mlp}up": (m,),
         }
-        shapes |= {f"model.layers.{layer}.{norm}.scale": (n,) for norm in _NORMS}
+        for norm in NORMS:
+            place = f"model.layers.{layer}.{norm}"
+            shapes |= {
+                f"{place}.scale": (n,),
+                f"{place}.A": (None, None),
+                f"{place}.B": (None, None),
+            }
     return shapes
 
 

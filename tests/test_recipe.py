@@ -249,7 +249,8 @@ def test_learned_matrices_run_online_where_no_plugin_takes_them() -> None:
     assert fused.targets()[1].is_supported
     learned = load_recipe("w4a4kv4-learned").targets()[1].reasons
     assert learned == (
-        "matrices of down, heads, key run online: the Hadamard plugins take no other matrices",
+        "matrices of down, heads, inputs, key run online: the Hadamard plugins take no other "
+        "matrices",
     )
 
 

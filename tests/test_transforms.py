@@ -43,6 +43,8 @@ def _complete() -> dict[str, np.ndarray]:
         **_both("mlp.up", np.linspace(1, 2, 12)),
         **_both("input_layernorm.scale", np.linspace(1, 2, 8)),
         **_both("post_attention_layernorm.scale", np.linspace(1, 2, 8)),
+        **_both("input_layernorm.A", invertible(2, 2)),
+        **_both("input_layernorm.B", invertible(4, 4)),
     }
 
 
@@ -53,7 +55,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     assert set(found.tensors) == set(saved.tensors)
     for name, array in saved.tensors.items():
         np.testing.assert_allclose(found.tensors[name], array, rtol=0, atol=1e-15)
-    assert found.online == ["mlp.down_A", "self_attn.heads", "self_attn.key"]
+    assert found.online == ["down", "heads", "inputs", "key"]
 
 
 def test_r2_of_spinquant_serves_every_head() -> None:
@@ -81,10 +83,18 @@ def test_a_rotation_stored_in_bfloat16_becomes_orthogonal(tmp_path: Path) -> Non
         (_both("self_attn.key", np.ones((4, 4))), f"{LAYER}.self_attn.key: condition number"),
         (_both("mlp.up", np.zeros(12)), f"{LAYER}.mlp.up: has scales of 0 or less"),
         (_both("mlp.down_A", np.ones((3, 4))), "has shape [3, 4] where this model needs square"),
-        (_both("mlp.down_A", np.eye(3)), "down_A and down_B of orders [3], which do not make 12"),
+        (
+            _both("mlp.down_A", np.eye(3)),
+            "mlp.down_A and mlp.down_B of orders [3], which do not make 12",
+        ),
         (
             _both("mlp.down_A", np.eye(3)) | _both("mlp.down_B", np.eye(3)),
-            "file: layer 0 has down_A and down_B of orders [3, 3], which do not make 12",
+            "file: layer 0 has mlp.down_A and mlp.down_B of orders [3, 3], which do not make 12",
+        ),
+        (
+            _both("input_layernorm.A", np.eye(4)) | _both("input_layernorm.B", np.eye(4)),
+            "layer 0 has input_layernorm.A and input_layernorm.B of orders [4, 4], which do not "
+            "make 8",
         ),
         (
             {f"{LAYER}.self_attn.key": np.eye(4)},

@@ -7,6 +7,8 @@ gradients, so a matrix learns to make the range of a token small.
 
 import torch
 
+from quarot_onnx.rounding import Rounding
+
 
 def straight_through_round(x: torch.Tensor) -> torch.Tensor:
     """``round(x)``, half to even, with the gradient of x (Bengio et al., arXiv 1308.3432)."""
@@ -14,8 +16,14 @@ def straight_through_round(x: torch.Tensor) -> torch.Tensor:
     return rounded
 
 
-def round_activation(x: torch.Tensor, bits: int, clip_ratio: float) -> torch.Tensor:
-    """X [..., features] rounded per token, symmetric: the values of `ops.quantize_int4`."""
+def rounded(x: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+    """X [..., features] rounded group by group: `Rounding.values` with gradients."""
+    rows = x.reshape(*x.shape[:-1], -1, rounding.group_size)
+    values = _symmetric if rounding.symmetric else _asymmetric
+    return values(rows, rounding.bits, rounding.clip_ratio).reshape(x.shape)
+
+
+def _symmetric(x: torch.Tensor, bits: int, clip_ratio: float) -> torch.Tensor:
     top = 2 ** (bits - 1) - 1
     largest = x.abs().amax(dim=-1, keepdim=True)
     scale = torch.where(largest == 0, torch.ones_like(largest), largest * (clip_ratio / top))
@@ -24,8 +32,7 @@ def round_activation(x: torch.Tensor, bits: int, clip_ratio: float) -> torch.Ten
     return values
 
 
-def round_cache(x: torch.Tensor, bits: int, clip_ratio: float) -> torch.Tensor:
-    """X [..., head_dim] rounded per token and head, asymmetric: the values of `ops.quantize_kv`."""
+def _asymmetric(x: torch.Tensor, bits: int, clip_ratio: float) -> torch.Tensor:
     top = 2**bits - 1
     low = x.amin(dim=-1, keepdim=True).clamp(max=0)
     high = x.amax(dim=-1, keepdim=True).clamp(min=0)

@@ -9,16 +9,19 @@ is trained, so the model in float is the same function before and after.
 """
 
 import copy
+import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
-from quarot_onnx.calibration import Calibration
+from quarot_onnx.calibration import Calibration, Journal
 from quarot_onnx.errors import InputError, UnsupportedModelError
 from quarot_onnx.export.architectures import LLAMA_MODULES, dimensions
 from quarot_onnx.learning.student import Student
@@ -29,6 +32,7 @@ from quarot_onnx.transforms import Transforms
 
 _WARM_UP = 10  # steps until the learning rate is reached
 _RECORDS = 10  # losses in the report
+_CHECKPOINT_STEPS = 25
 _BETAS = (0.9, 0.95)
 
 Progress = Callable[[int, int], None]
@@ -53,6 +57,7 @@ def learn(
     recipe: Recipe,
     calibration: Calibration,
     *,
+    journal: Journal | None = None,
     progress: Progress | None = None,
 ) -> Learned:
     """Train the places of ``recipe.learning`` on `calibration`.
@@ -64,6 +69,8 @@ def learn(
         model_dir: a Hugging Face directory of a model with Llama's modules.
         recipe: places, steps and rates; bits and clips to train under.
         calibration: windows of tokens; all have one length.
+        journal: where every 25th step is kept; a run that finds one goes on from there and ends
+            with the matrices of an unbroken one.
         progress: called after every step.
 
     Raises:
@@ -79,7 +86,7 @@ def learn(
             "empty"
         )
     student = Student(copy.deepcopy(teacher.model), recipe)
-    losses = list(_train(student, teacher.model, recipe, calibration, progress))
+    losses = _train(student, teacher.model, recipe, calibration, journal or Journal(), progress)
     sizes = dimensions(config.to_dict())
     transforms = Transforms.of(student.tensors(), sizes, "learned")
     every = max(1, len(losses) // _RECORDS)
@@ -100,8 +107,9 @@ def _train(
     teacher: torch.nn.Module,
     recipe: Recipe,
     calibration: Calibration,
+    journal: Journal,
     progress: Progress | None,
-) -> Iterator[float]:
+) -> list[float]:
     """The loss of every step."""
     settings = recipe.learning
     groups = (
@@ -114,8 +122,11 @@ def _train(
         betas=_BETAS,
     )
     rates = [group["lr"] for group in optimizer.param_groups]
+    checkpoint = _Checkpoint(journal, student, optimizer)
+    losses = checkpoint.load()
     tokens = torch.from_numpy(calibration.tokens)
-    for step, rows in enumerate(_batches(len(tokens), settings.batch, settings.steps, recipe.seed)):
+    batches = _batches(len(tokens), settings.batch, settings.steps, recipe.seed)
+    for step, rows in islice(enumerate(batches), len(losses), None):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * _schedule(step, settings.steps)
         with torch.no_grad():
@@ -131,9 +142,48 @@ def _train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        yield float(loss.item())
+        losses.append(float(loss.item()))
+        if (step + 1) % _CHECKPOINT_STEPS == 0 or step + 1 == settings.steps:
+            checkpoint.save(losses)
         if progress is not None:
             progress(step + 1, settings.steps)
+    return losses
+
+
+class _Checkpoint:
+    """What the next step depends on, in a journal; the last one stays until the next is whole."""
+
+    def __init__(
+        self, journal: Journal, student: Student, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.journal = journal
+        self.parameters = [*student.rotations, *student.matrices, *student.scales]
+        self.optimizer = optimizer
+        self.held = ""
+
+    def save(self, losses: list[float]) -> None:
+        """After ``len(losses)`` steps."""
+        name = "learning.a" if self.held != "learning.a" else "learning.b"
+        buffer = io.BytesIO()
+        values = [parameter.detach() for parameter in self.parameters]
+        torch.save((values, self.optimizer.state_dict()), buffer)
+        self.journal.keep(name, np.frombuffer(buffer.getbuffer(), np.uint8))
+        self.journal.finish("learning", {"losses": losses, "state": name})
+        self.held = name
+
+    def load(self) -> list[float]:
+        """The losses of the steps that need not be done again; parameters are as behind them."""
+        record = self.journal.record("learning")
+        if record is None:
+            return []
+        self.held = record["state"]
+        kept = io.BytesIO(self.journal.array(self.held).tobytes())
+        parameters, state = torch.load(kept, weights_only=True)
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, parameters, strict=True):
+                parameter.copy_(value)
+        self.optimizer.load_state_dict(state)
+        return list(record["losses"])
 
 
 def _schedule(step: int, steps: int) -> float:

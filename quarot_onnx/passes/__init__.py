@@ -21,6 +21,7 @@ from quarot_onnx.passes.fuse_value_transform import FuseValueTransformPass
 from quarot_onnx.passes.insert_down_transform import InsertDownTransformPass
 from quarot_onnx.passes.insert_head_transform import InsertHeadTransformPass
 from quarot_onnx.passes.insert_heads_hadamard import InsertHeadsHadamardPass
+from quarot_onnx.passes.insert_input_transform import InsertInputTransformPass
 from quarot_onnx.passes.insert_key_transform import InsertKeyTransformPass
 from quarot_onnx.passes.insert_r3 import InsertR3Pass
 from quarot_onnx.passes.insert_r4 import InsertR4Pass
@@ -157,6 +158,9 @@ def _online(recipe: Recipe, decoder: Decoder, given: Transforms) -> Iterator[Pas
     """What runs as nodes in front of what is quantized."""
     rotations, layers = recipe.rotations, range(len(decoder.layers))
     attention = decoder.layers[0].attention
+    inputs = [_each(given.inputs(layer, which) for layer in layers) for which in (0, 1)]
+    if any(inputs):
+        yield InsertInputTransformPass(decoder, *inputs)
     if heads := _each(given.heads(layer) for layer in layers):
         yield InsertHeadTransformPass(decoder, heads)
     elif rotations.heads:

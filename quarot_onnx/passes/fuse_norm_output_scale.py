@@ -57,11 +57,6 @@ class FuseNormOutputScalePass(Pass):
     def _pairs(self) -> list[tuple[Norm, Float64]]:
         pairs: list[tuple[Norm, Float64]] = []
         for index, scales in self.scales.items():
-            layer = self.decoder.layers[index]
-            for reader, scale in zip(
-                (layer.attention.q, layer.mlp.readers[0]), scales, strict=True
-            ):
-                if scale is not None:
-                    norm = next(norm for norm in self.decoder.norms if reader in norm.readers)
-                    pairs.append((norm, scale))
+            norms = self.decoder.norms_of(self.decoder.layers[index])
+            pairs += [(n, s) for n, s in zip(norms, scales, strict=True) if s is not None]
         return pairs

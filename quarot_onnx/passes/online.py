@@ -47,13 +47,13 @@ def insert_hadamard_heads(
 
 def insert_transform(
     model: ir.Model, node: ir.Node, position: int, factors: tuple[Float64, Float64], name: str
-) -> None:
-    """Multiply input `position` of `node` by ``A ⊗ B`` along its last axis."""
+) -> ir.Value:
+    """Multiply input `position` of `node` by ``A ⊗ B`` along its last axis; gives the product."""
     matrices = [
         _own(model, f"quarot{name.replace('/', '.')}.{side}", matrix)
         for side, matrix in zip("AB", factors, strict=True)
     ]
-    _insert(model, node, position, "Transform", matrices, {}, name)
+    return _insert(model, node, position, "Transform", matrices, {}, name)
 
 
 def insert_head_transform(
@@ -111,7 +111,7 @@ def _insert(
     matrices: list[ir.Value],
     attributes: Mapping[str, Any],
     name: str,
-) -> None:
+) -> ir.Value:
     x = node.inputs[position]
     assert x is not None
     online = ops.node(operator, [x, *matrices], attributes, at=name)
@@ -119,6 +119,7 @@ def _insert(
     model.graph.insert_before(node, online)
     node.replace_input_with(position, online.outputs[0])
     ops.declare(model)
+    return online.outputs[0]
 
 
 def _shared(model: ir.Model, name: str, matrix: Float64) -> ir.Value:

@@ -6,8 +6,8 @@ names alone, so that a mistake of a pass is not repeated by its judge.
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,13 @@ from quarot_onnx.export.architectures import dimensions
 from quarot_onnx.export.checkpoint import CheckpointSource
 from quarot_onnx.hadamard import plan
 from quarot_onnx.rotation import residual_rotations
-from quarot_onnx.transforms import Transforms
+from quarot_onnx.transforms import NORMS, Transforms
 from quarot_onnx.validate.closeness import relative_error
 from quarot_onnx.validate.subject import Subject
 from quarot_onnx.validate.verdict import Finding
 from quarot_onnx.weights import Float64
+
+_Given = TypeVar("_Given")
 
 _BLOCK = 1 << 24  # numbers of an embedding that are compared at once
 
@@ -172,22 +174,23 @@ class _ExpectedWeights:
         )
         if not is_folded:
             return scale
-        given = self._norm_scale(name.removesuffix(".weight"))
+        given = self._of_norm(name.removesuffix(".weight"), self.given.norm)
         return np.ones_like(scale) if given is None else given
 
-    def _norm_scale(self, norm: str) -> Float64 | None:
-        """What the transforms give to norm `norm` of a layer."""
-        which = ("input_layernorm", "post_attention_layernorm")
+    def _of_norm(self, norm: str, given: Callable[[int, int], _Given | None]) -> _Given | None:
+        """What the transforms give to `norm`; None for norms that are not in front of a half."""
         last = norm.rpartition(".")[2]
-        return self.given.norm(_layer_of(norm), which.index(last)) if last in which else None
+        return given(_layer_of(norm), NORMS.index(last)) if last in NORMS else None
 
     def reader(self, weight: Float64, norm: str) -> Float64:
         """A weight [in, out] that reads the residual stream behind `norm`."""
         if self.rotations.fold_norm_scale:
             weight = self.tensor(f"{norm}.weight", transposed=False)[:, None] * weight
         weight = weight if self.r1 is None else self.r1.rotate_inputs(weight)
-        given = self._norm_scale(norm)
-        return weight if given is None else weight / given[:, None]
+        given = self._of_norm(norm, self.given.norm)
+        weight = weight if given is None else weight / given[:, None]
+        factors = self._of_norm(norm, self.given.inputs)
+        return weight if factors is None else np.linalg.solve(np.kron(*factors), weight)
 
     def writer(self, weight: Float64) -> Float64:
         """A weight [..., out] that is added to the residual stream."""

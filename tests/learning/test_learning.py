@@ -7,22 +7,23 @@ import numpy as np
 import pytest
 import torch
 
-from quarot_onnx import ops
-from quarot_onnx.calibration import Calibration
+from quarot_onnx.calibration import Calibration, Journal
 from quarot_onnx.errors import InputError, UnsupportedModelError
 from quarot_onnx.learning import learn
 from quarot_onnx.learning.matrices import LearnedRotation
-from quarot_onnx.learning.rounding import round_activation, round_cache, round_weight
-from quarot_onnx.learning.student import Student, balanced_factors
+from quarot_onnx.learning.places import balanced_factors
+from quarot_onnx.learning.rounding import round_weight, rounded
+from quarot_onnx.learning.student import Student
 from quarot_onnx.pipeline import export
 from quarot_onnx.quantizers.rtn import rtn
 from quarot_onnx.recipe import Recipe, load_recipe
 from quarot_onnx.reference import FakeQuantModel, HuggingFaceModel
+from quarot_onnx.rounding import Rounding
 from quarot_onnx.runtime import OnnxModel
 from quarot_onnx.transforms import FILE
 from tests.conftest import HuggingFace
 
-ALL = "learning.places=['r1','value','key','heads','down','up','norms']"
+ALL = "learning.places=['r1','value','key','heads','down','up','norms','inputs']"
 CALIBRATION = Calibration.of(np.random.default_rng(0).integers(0, 128, (6, 24)), "random tokens")
 IDS = np.random.default_rng(1).integers(0, 128, (2, 20))
 
@@ -65,19 +66,49 @@ def test_a_learned_rotation_is_a_rotation() -> None:
     assert float((matrix - start).abs().max()) > 0.1
 
 
-def test_the_rounding_is_that_of_the_operators() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [8, 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_rounding_is_that_of_the_operators(bits, symmetric, group_size) -> None:
     x = np.random.default_rng(0).normal(size=(3, 2, 5, 16)).astype(np.float32)
     x[0, 0, 0] = 0
-    codes, scale = ops.quantize_int4(x)
-    wanted = (codes.astype(np.float32) - ops.ACTIVATION_ZERO_POINT) * scale
-    found = round_activation(torch.from_numpy(x), 4, 0.9)
-    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-6)
-    np.testing.assert_allclose(
-        round_cache(torch.from_numpy(x), 4, 0.95).numpy(), ops.kv_fake_quantize(x), rtol=1e-6
-    )
-    codes, scale = rtn(x[0, 0].T.astype(np.float64), bits=4, clip_search=False)
-    weight = round_weight(torch.from_numpy(x[0, 0]), 4)
+    rounding = Rounding(bits, symmetric, 0.9, group_size)
+    found = rounded(torch.from_numpy(x), rounding)
+    np.testing.assert_allclose(found.numpy(), rounding.values(x), rtol=1e-6, atol=1e-6)
+
+
+def test_the_rounding_of_weights_is_round_to_nearest() -> None:
+    x = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
+    codes, scale = rtn(x.T.astype(np.float64), bits=4, clip_search=False)
+    weight = round_weight(torch.from_numpy(x), 4)
     np.testing.assert_allclose(weight.numpy(), (codes * scale).T, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("activations.mode='asymmetric'",),
+        ("activations.group_size=16", "kv_cache.group_size=8"),
+        ("activations.down_proj_bits=8", "kv_cache.mode='symmetric'"),
+    ],
+)
+def test_the_student_rounds_as_the_recipe_says(
+    traced_once: None, hugging_face: HuggingFace, tmp_path: Path, settings
+) -> None:
+    plain = ("weights.bits=8", "weights.clip_search=false", "learning.weight_bits=8")
+    recipe = load_recipe("w4a4kv4", [*plain, *settings])
+    artifact = tmp_path / "artifact"
+    export(hugging_face("llama"), artifact, recipe)
+    student = Student(HuggingFaceModel(hugging_face("llama")).model, recipe)
+    with torch.no_grad():
+        found = student(torch.from_numpy(IDS)).numpy()
+    model = FakeQuantModel(artifact)
+    wanted, _ = model.step(IDS, model.new_cache(2))
+    other = FakeQuantModel(artifact)
+    other.settings.is_quantizing = False
+    unrounded, _ = other.step(IDS, other.new_cache(2))
+    far = np.abs(unrounded - wanted).mean()
+    assert np.abs(found - wanted).mean() < 0.3 * far
 
 
 def test_the_loss_falls_and_two_runs_agree(hugging_face: HuggingFace) -> None:
@@ -88,6 +119,42 @@ def test_the_loss_falls_and_two_runs_agree(hugging_face: HuggingFace) -> None:
     assert first.report == second.report
     for name, array in first.transforms.tensors.items():
         np.testing.assert_array_equal(array, second.transforms.tensors[name])
+
+
+@pytest.mark.parametrize("broken", [26, 60])
+def test_a_broken_training_goes_on_to_the_same_matrices(
+    hugging_face: HuggingFace, tmp_path: Path, broken
+) -> None:
+    recipe = _recipe(steps=60)
+    steps: list[int] = []
+
+    def interrupt(done: int, _: int) -> None:
+        steps.append(done)
+        if done == broken:
+            raise KeyboardInterrupt
+
+    journal = tmp_path / "journal"
+    with pytest.raises(KeyboardInterrupt):
+        learn(
+            hugging_face("llama"),
+            recipe,
+            CALIBRATION,
+            journal=Journal(journal),
+            progress=interrupt,
+        )
+    steps.clear()
+    found = learn(
+        hugging_face("llama"),
+        recipe,
+        CALIBRATION,
+        journal=Journal(journal),
+        progress=lambda done, _: steps.append(done),
+    )
+    assert steps == list(range(26 if broken == 26 else 61, 61))
+    unbroken = learn(hugging_face("llama"), recipe, CALIBRATION)
+    assert found.report == unbroken.report
+    for name, array in unbroken.transforms.tensors.items():
+        np.testing.assert_array_equal(found.transforms.tensors[name], array)
 
 
 def test_a_learned_export_is_hugging_faces_function(
@@ -122,7 +189,7 @@ def test_an_artifact_carries_what_it_learned_and_can_be_made_from_it_again(
     manifest = _export(model_dir, tmp_path / "learned", recipe)
     assert manifest["transforms"]["source"] == "learned"
     (tensorrt,) = [t for t in manifest["targets"] if t["name"] == "tensorrt"]
-    assert "down, heads, key run online" in tensorrt["reasons"][-1]
+    assert "down, heads, inputs, key run online" in tensorrt["reasons"][-1]
     export(
         model_dir,
         tmp_path / "again",
@@ -153,7 +220,10 @@ def test_stops_where_the_loss_is_no_number(hugging_face: HuggingFace) -> None:
 
 
 def test_a_kronecker_product_takes_the_nearest_factors() -> None:
-    assert balanced_factors(688) == (16, 43)
-    assert balanced_factors(11008) == (86, 128)
-    with pytest.raises(UnsupportedModelError, match="in_features = 2053 has no factors up to 1024"):
-        balanced_factors(2053)
+    assert balanced_factors(688, "down") == (16, 43)
+    assert balanced_factors(11008, "down") == (86, 128)
+    with pytest.raises(
+        UnsupportedModelError,
+        match="down needs a Kronecker product of 2053 features, which have no factors up to 1024",
+    ):
+        balanced_factors(2053, "down")

@@ -45,6 +45,9 @@ BUILD: dict[type[Pass], Callable[[Decoder], Pass]] = {
     package.InsertDownTransformPass: lambda d: package.InsertDownTransformPass(
         d, [(invertible(3, 3), invertible(4, 4))] * len(d.layers)
     ),
+    package.InsertInputTransformPass: lambda d: package.InsertInputTransformPass(
+        d, *[[(invertible(2, 2), invertible(4, 4))] * len(d.layers)] * 2
+    ),
     package.InsertHeadsHadamardPass: lambda d: package.InsertHeadsHadamardPass(d, plan(4)),
     package.InsertR3Pass: lambda d: package.InsertR3Pass(d, plan(4)),
     package.InsertR4Pass: package.InsertR4Pass,

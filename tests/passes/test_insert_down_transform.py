@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quarot_onnx.learning.student import balanced_factors
+from quarot_onnx.learning.places import balanced_factors
 from quarot_onnx.passes.insert_down_transform import InsertDownTransformPass
 from tests.small_decoder import (
     SIZES,
@@ -31,7 +31,7 @@ def test_golden() -> None:
 @given(options=SIZES, dtype=st.sampled_from(sorted(TYPES)))
 @settings(max_examples=8, deadline=None)
 def test_the_function_does_not_change(options, dtype) -> None:
-    a, b = balanced_factors(options["intermediate_size"])
+    a, b = balanced_factors(options["intermediate_size"], "down")
     factors = [(invertible(a, a, seed=i), invertible(b, b)) for i in range(options["num_layers"])]
     assert_equivalent(lambda d: InsertDownTransformPass(d, factors)(), dtype=dtype, **options)
 
