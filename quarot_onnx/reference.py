@@ -281,6 +281,7 @@ class CodeLinear(torch.nn.Module):
         rotate: in front, or None.
         rounding: of the input, or None.
         settings: shared by the model.
+        outliers: input features that stay float [n], and their weights [out, n]; or None.
     """
 
     def __init__(
@@ -291,9 +292,11 @@ class CodeLinear(torch.nn.Module):
         rotate: OnlineHadamard | None,
         rounding: Rounding | None,
         settings: Settings,
+        outliers: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.weight, self.scale, self.bias = weight, scale, bias
+        self.outliers = outliers
         self.rotate = rotate
         self.rounding = rounding
         self.settings = settings
@@ -302,6 +305,12 @@ class CodeLinear(torch.nn.Module):
         """Y [..., out] of x [..., in]."""
         if self.rotate is not None:
             x = self.rotate(x)
+        beside = self.bias
+        if self.outliers is not None:
+            features, weight = self.outliers
+            outlying = functional.linear(x[..., features], weight)
+            beside = outlying if beside is None else outlying + beside
+            x = x.index_fill(-1, features, 0.0)
         if self.rounding is not None and self.settings.is_quantizing:
             y = self._product(*_rounded(x, self.rounding), self.rounding)
         elif self.scale is not None and self.scale.dim() == 2:
@@ -310,7 +319,7 @@ class CodeLinear(torch.nn.Module):
             y = functional.linear(x, self.weight)
         if self.scale is not None and self.scale.dim() == 1:
             y = y * self.scale
-        return y if self.bias is None else y + self.bias
+        return y if beside is None else y + beside
 
     def _by_part(self, parts: int) -> torch.Tensor:
         """The scales [groups, out] for each of `parts` equal parts of the inputs; [parts, out]."""
@@ -522,6 +531,36 @@ _READERS = (
 )  # of the first and of the second norm of a layer
 
 
+def outlier_features(
+    initializers: Mapping[str, ir.TensorProtocol], module: str
+) -> NDArray[np.int64] | None:
+    """The input features of linear `module` that stay float; None where all are codes.
+
+    The graph names them after the first of the linears that read the same input.
+    """
+    if f"{module}.weight_outliers" not in initializers:
+        return None
+    root, layers, index, reader = module.split(".", 3)
+    for first in next((readers for readers in _READERS if reader in readers), (reader,)):
+        at = f"/{root}/{layers}.{index}/{first.replace('.', '/')}"
+        held = initializers.get(f"{at}/outliers.features")
+        if held is not None:
+            features: NDArray[np.int64] = np.array(held.numpy())
+            return features
+    return None
+
+
+def _outliers(
+    initializers: Mapping[str, ir.TensorProtocol], module: str, artifact: Path
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Of linear `module`: the features that stay float and their weights [out, features]."""
+    features = outlier_features(initializers, module)
+    if features is None:
+        return None
+    weight = _tensor(initializers, f"{module}.weight_outliers", artifact)
+    return torch.from_numpy(features), weight.T.contiguous()
+
+
 def _in_front_of_linears(
     recipe: Recipe, config: Any, given: Transforms
 ) -> dict[str, OnlineHadamard]:
@@ -634,6 +673,7 @@ def _code_linear(
         rotate,
         rounding,
         settings,
+        _outliers(initializers, name, artifact),
     )
 
 

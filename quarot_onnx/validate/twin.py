@@ -29,7 +29,15 @@ from quarot_onnx import artifacts
 from quarot_onnx.errors import GateError, UsageError
 from quarot_onnx.export.architectures import dimensions
 from quarot_onnx.pipeline import Rewritten, rewrite
-from quarot_onnx.recipe import Activations, KvCache, Learning, Recipe, Smoothing, Weights
+from quarot_onnx.recipe import (
+    Activations,
+    KvCache,
+    Learning,
+    Outliers,
+    Recipe,
+    Smoothing,
+    Weights,
+)
 from quarot_onnx.runtime import load_session, position_ids
 from quarot_onnx.sections import between, cut
 from quarot_onnx.transforms import Transforms
@@ -205,6 +213,7 @@ class Twin:
                 "weights": Weights(bits=16),
                 "activations": Activations(bits=16),
                 "kv_cache": KvCache(bits=16),
+                "outliers": Outliers(),
             }
         )
         self._float = self._rewrite(float_recipe)
@@ -225,6 +234,7 @@ class Twin:
                 "weights": recipe.weights.uncalibrated(),
                 "activations": recipe.activations.uncalibrated(),
                 "kv_cache": recipe.kv_cache.uncalibrated(),
+                "outliers": Outliers(),
             }
         )
 

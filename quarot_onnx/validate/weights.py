@@ -48,11 +48,15 @@ def check_weights(subject: Subject) -> Finding:
 
 def _weight_errors(subject: Subject) -> Iterator[tuple[str, float]]:
     """Each initializer's name and its error, as a fraction of what rounding it once explains."""
-    from quarot_onnx.reference import read_initializers  # noqa: PLC0415  # imports torch
+    from quarot_onnx.reference import (  # noqa: PLC0415  # imports torch
+        outlier_features,
+        read_initializers,
+    )
 
     held = read_initializers(subject.artifact)
     expected = _ExpectedWeights(subject)
     float_bound = 2 * subject.epsilon
+    weights = subject.recipe.weights
     for name, tensor in held.items():
         if not name.startswith(("model.", "lm_head.")) or name.endswith(("_scale", "_zero")):
             continue
@@ -66,6 +70,11 @@ def _weight_errors(subject: Subject) -> Iterator[tuple[str, float]]:
             yield name, relative_error(found, wanted) / float_bound
             continue
         wanted = expected.linear(module)
+        features = outlier_features(held, module)
+        if kind == "weight_outliers":
+            wanted = wanted[features]
+        elif features is not None:
+            wanted[features] = 0
         if found.shape != wanted.shape:
             raise GateError(f"initializer {name} has shape {found.shape}, not {wanted.shape}")
         scale = held.get(f"{name}_scale")
@@ -79,9 +88,13 @@ def _weight_errors(subject: Subject) -> Iterator[tuple[str, float]]:
                 grouped -= zero.numpy().astype(np.float64)[:, None]
             grouped *= steps if steps.ndim == 1 else steps[:, None]
             found = grouped.reshape(found.shape)
-            weights = subject.recipe.weights
-            form = weights.down_proj_form if module.endswith(".down_proj") else weights.form
-            yield name, _rounding_error(found, wanted, form.bits, len(grouped))
+            form = weights.down_proj_form if module.endswith("down_proj") else weights.form
+            if weights.sparsity == "none":
+                yield name, _rounding_error(found, wanted, form.bits, len(grouped))
+            else:
+                # A mask by importance may take any half of a column, and what is kept makes up for
+                # it: without the text, a weight has to be nearer to the checkpoint's than zeros.
+                yield name, relative_error(found, wanted)
 
 
 def _rounding_error(found: Float64, wanted: Float64, bits: int, groups: int) -> float:
@@ -97,9 +110,11 @@ def _rounding_error(found: Float64, wanted: Float64, bits: int, groups: int) -> 
     naive = relative_error(nearest, wanted)
     # Error feedback (GPTQ) moves weights further than rounding to nearest does, hence the
     # factor 2. What is rounded keeps its length but for the error squared (the best code
-    # book for a weight is shorter by that) and the error's chance overlap with the weight.
-    length = float((found * wanted).sum() / (wanted * wanted).sum())
-    overlap = 4 * naive / math.sqrt(wanted.size)
+    # book for a weight is shorter by that) and the error's chance overlap with the weight, four
+    # standard deviations of it.
+    power = float((wanted * wanted).sum())
+    length = float((found * wanted).sum()) / power
+    overlap = 4 * math.sqrt(float(np.square((nearest - wanted) * wanted).sum())) / power
     excess = abs(length - 1) / (2 * naive**2 + overlap)
     return max(relative_error(found, wanted) / (2 * naive), excess)
 
