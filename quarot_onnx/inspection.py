@@ -156,7 +156,7 @@ def _computed_by(value: ir.Value | None) -> ir.Node | None:
 
 
 def _rotation(node: ir.Node) -> str:
-    """The Hadamard in front of a linear, looking through its quantization."""
+    """The online rotation in front of a linear, looking through its quantization."""
     value = node.inputs[0]
     for _ in range(2):
         producer = _computed_by(value)
@@ -165,5 +165,9 @@ def _rotation(node: ir.Node) -> str:
         if producer.op_type.startswith("Hadamard"):
             factors = " x ".join(str(f) for f in producer.attributes["factors"].as_ints())
             return f"{factors} across heads" if producer.op_type == "HadamardHeads" else factors
+        if producer.op_type.startswith("Transform"):
+            orders = [v.shape[0] for v in producer.inputs[1:] if v is not None and v.shape]
+            across = " across heads" if producer.op_type == "TransformHeads" else ""
+            return f"given {' x '.join(map(str, orders))}{across}"
         value = producer.inputs[0]
     return ""

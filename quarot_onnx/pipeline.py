@@ -95,7 +95,7 @@ def rewrite(
         dtype: a key of `DTYPES`, for the float parts.
         calibration: what calibrated methods may look at.
         transforms: matrices that take the place of the recipe's; nothing is learned then.
-        journal: where finished layers are kept; a temporary one where None.
+        journal: where what is finished is kept; a temporary one where None.
         progress: called with the steps done and the steps in all, by a training and by each
             calibrated pass, whose steps are layers.
         certify: measure what each equivalent pass changed, for which every weight is read.
@@ -184,8 +184,8 @@ def export(
         transforms: a file of matrices (`quarot_onnx.transforms`), such as an artifact's own; what
             it holds replaces the recipe's rotations, and nothing is learned.
         force: replace an existing artifact.
-        resume: keep what a calibrated pass has finished in ``OUT_DIR.calibration``, and go on from
-            what is there; it is removed when the artifact is complete.
+        resume: keep what a training or a calibrated pass has finished in ``OUT_DIR.calibration``,
+            and go on from what is there; it is removed when the artifact is complete.
         certify: measure what each equivalent pass changed; costs about as much as the export.
         progress: called while weights are written.
         calibrating: `progress` of `rewrite`.

@@ -310,8 +310,8 @@ class Recipe(_Spec):
             raise ValueError(f"learning.places = {places} names a place twice")
         if "r1" in places and rotations.r1 == "none":
             raise ValueError("learning.places has r1 and rotations.r1 = none; name a start")
-        if {"r1", "norms"} & set(places) and not rotations.fold_norm_scale:
-            raise ValueError("learning.places has norms; set rotations.fold_norm_scale = true")
+        if places and not rotations.fold_norm_scale:  # which the training does
+            raise ValueError("learning.places needs rotations.fold_norm_scale = true")
         if places and "down" not in places and rotations.r4_policy == "pad":
             raise ValueError(
                 "learning.places without down needs rotations.r4_policy = block or full"

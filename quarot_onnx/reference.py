@@ -344,8 +344,10 @@ class CodeLinear(torch.nn.Module):
         return (sums * self._by_part(in_features // size) if is_grouped else sums).sum(dim=-2)
 
 
-def _quantize_cache(x: torch.Tensor, rounding: Rounding) -> torch.Tensor:
-    """Keys or values [B, H, T, D], rounded."""
+def _quantize_cache(x: torch.Tensor, rounding: Rounding | None) -> torch.Tensor:
+    """Keys or values [B, H, T, D], rounded; as they are where None."""
+    if rounding is None:
+        return x
     codes, step = _rounded(x, rounding)
     return (codes * step).flatten(-2)
 
@@ -370,9 +372,9 @@ def _attend(
     if r3 is not None:
         query, key = r3[0](query), r3[1](key)
     if settings.is_quantizing:
-        roundings: dict[str, Rounding] = module.quarot_roundings  # type: ignore[assignment]
-        key = _quantize_cache(key, roundings["key"]) if roundings else key
-        value = _quantize_cache(value, roundings["value"]) if roundings else value
+        roundings: dict[str, Rounding | None] = module.quarot_roundings  # type: ignore[assignment]
+        key = _quantize_cache(key, roundings["key"])
+        value = _quantize_cache(value, roundings["value"])
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -584,27 +586,22 @@ def _in_front_of_linears(
     return online
 
 
-def _of_cache(
-    layer: int, roundings: Mapping[str, Rounding], settings: Settings, artifact: Path
-) -> dict[str, Rounding]:
-    """How a layer's keys and values are rounded; empty where the recipe leaves them floats.
+def _recorded(
+    roundings: Mapping[str, Rounding], site: str, setting: str, bits: int, artifact: Path
+) -> Rounding | None:
+    """How `site` is rounded; None where `setting` of the recipe leaves it float.
 
     Raises:
-        InputError: the recipe rounds them and no pass records how.
+        InputError: the recipe rounds it and no pass records how.
     """
-    bits = settings.recipe.kv_cache.bits
     if bits == _FLOAT_BITS:
-        return {}
-    found = {}
-    for kind in ("key", "value"):
-        site = f"model.layers.{layer}.self_attn.cached_{kind}"
-        if site not in roundings:
-            raise InputError(
-                f"{artifact / MANIFEST}: no pass records how {site} is rounded, at "
-                f"kv_cache.bits = {bits}; export again"
-            )
-        found[kind] = roundings[site]
-    return found
+        return None
+    if site not in roundings:
+        raise InputError(
+            f"{artifact / MANIFEST}: no pass records how {site} is rounded, at {setting} = {bits}; "
+            "export again"
+        )
+    return roundings[site]
 
 
 def _fill(
@@ -617,6 +614,7 @@ def _fill(
     """Put the artifact's weights and the recipe's online Hadamards into `model`."""
     given = Transforms.of_artifact(artifact, dimensions(model.config.to_dict()))
     online = _in_front_of_linears(settings.recipe, model.config, given)
+    bits = settings.recipe.activations.bits
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             linear = _code_linear(
@@ -624,7 +622,7 @@ def _fill(
                 name,
                 initializers,
                 online.get(name),
-                roundings.get(name),
+                _recorded(roundings, name, "activations.bits", bits, artifact),
                 settings,
                 artifact,
             )
@@ -689,7 +687,11 @@ def _set_attention(
 ) -> None:
     """Tell the attention of layer `index` what it does to keys, queries and the cache."""
     attention.quarot_settings, attention.quarot_r3 = settings, None
-    attention.quarot_roundings = _of_cache(index, roundings, settings, artifact)
+    site, bits = f"model.layers.{index}.self_attn.cached_", settings.recipe.kv_cache.bits
+    attention.quarot_roundings = {
+        kind: _recorded(roundings, f"{site}{kind}", "kv_cache.bits", bits, artifact)
+        for kind in ("key", "value")
+    }
     r3 = plan(attention.head_dim)
     if (matrix := given.key(index)) is not None:
         turns = inverse(matrix).T, matrix

@@ -28,29 +28,32 @@ RotationKind = Literal[
 
 @dataclass(frozen=True)
 class Place:
-    """One rotation of QuaRot.
+    """Where a rotation of QuaRot stands, or a matrix that is given in its place.
 
     Attributes:
         name: as in the field.
         where: what it turns.
-        put_by: the pass that puts it there.
+        put_by: the passes of which one puts it there.
         is_fused: into weights; online otherwise.
     """
 
     name: str
     where: str
-    put_by: str
+    put_by: tuple[str, ...]
     is_fused: bool = False
 
 
 PLACES = (
-    Place("R1", "residual stream", "FuseR1", is_fused=True),
-    Place("R2", "values, per head", "FuseR2", is_fused=True),
-    Place("heads", "input of o_proj, across heads", "InsertHeadsHadamard"),
-    Place("R3", "queries and keys, per head, after RoPE", "InsertR3"),
-    Place("R4", "input of down_proj", "InsertR4"),
+    Place("R1", "residual stream", ("FuseR1",), is_fused=True),
+    Place("R2", "values, per head", ("FuseR2", "FuseValueTransform"), is_fused=True),
+    Place("heads", "input of o_proj, across heads", ("InsertHeadsHadamard", "InsertHeadTransform")),
+    Place("R3", "queries and keys, per head, after RoPE", ("InsertR3", "InsertKeyTransform")),
+    Place("R4", "input of down_proj", ("InsertR4", "InsertDownTransform")),
 )
 """In the order of `docs/design.md`, section 4."""
+
+INPUTS = Place("inputs", "inputs of q, k, v and of gate, up", ("InsertInputTransform",))
+"""Where QuaRot has none, and matrices may be given."""
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,6 @@ class Target:
     name: str
     reasons: tuple[str, ...] = ()
 
-    @property
-    def is_supported(self) -> bool:
-        """Whether it can run the recipe."""
-        return not self.reasons
-
 
 def targets_of(recipe: "Recipe", transformed: Sequence[str] = ()) -> tuple[Target, ...]:
     """Every target, in a fixed order.

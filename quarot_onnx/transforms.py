@@ -88,7 +88,7 @@ class Transforms:
             if name not in expected:
                 raise InputError(
                     f"{source}: tensor {name} has no place in this model; names are R1, "
-                    "model.layers.N.self_attn.R2 and those of docs/methods.md"
+                    "model.layers.N.self_attn.R2 and those of quarot_onnx/transforms.py"
                 )
             where = f"{source}: {name}"
             array = stored.astype(np.float64)

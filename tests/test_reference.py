@@ -285,17 +285,23 @@ def test_an_initializer_that_is_missing_is_named(exported: Exported, tmp_path: P
         FakeQuantModel(artifact)
 
 
-def test_a_cache_that_no_record_rounds_is_named(exported: Exported, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("QuantizeKvCache", r"self_attn\.cached_value is rounded, at kv_cache\.bits = 4"),
+        ("QuantizeActivations", r"mlp\.down_proj is rounded, at activations\.bits = 4"),
+    ],
+)
+def test_a_site_that_no_record_rounds_is_named(
+    exported: Exported, tmp_path: Path, name, message
+) -> None:
     artifact = Path(shutil.copytree(exported("llama", "w4a4kv4"), tmp_path / "artifact"))
     manifest = json.loads((artifact / "manifest.json").read_text())
-    entry = next(e for e in manifest["passes"] if e["name"] == "QuantizeKvCache")
+    entry = next(e for e in manifest["passes"] if e["name"] == name)
     entry["records"] = entry["records"][:-1]
     (artifact / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(
-        InputError,
-        match=r"manifest\.json: no pass records how model\.layers\.\d\.self_attn\.cached_value is "
-        r"rounded, at kv_cache\.bits = 4; export again",
-    ):
+    told = rf"manifest\.json: no pass records how model\.layers\.\d\.{message}; export again"
+    with pytest.raises(InputError, match=told):
         FakeQuantModel(artifact)
 
 

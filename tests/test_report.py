@@ -241,6 +241,20 @@ def test_the_plan_names_every_rotation_and_what_became_of_it() -> None:
     assert plan[2].reason == "no matrix of order 6"
 
 
+def test_the_plan_names_matrices_that_stand_in_place_of_rotations() -> None:
+    given = ("FuseValueTransform", "InsertInputTransform", "InsertDownTransform")
+    passes = tuple(PassEntry(name, "equivalent", 3, "given 2 x 4") for name in given)
+    plan = {row.name: (row.runs, row.matrix) for row in rotation_plan(_content().model, passes)}
+    assert plan == {
+        "R1": ("not in the recipe", ""),
+        "R2": ("fused into weights", "given 2 x 4"),
+        "heads": ("not in the recipe", ""),
+        "R3": ("not in the recipe", ""),
+        "R4": ("online", "given 2 x 4"),
+        "inputs": ("online", "given 2 x 4"),
+    }
+
+
 def test_passes_are_read_from_a_manifest() -> None:
     entry = {"name": "FuseR1", "effect": "equivalent", "sites": 3, "detail": "", "skipped": {}}
     assert PassEntry.from_manifest({"passes": [entry]}) == (PassEntry("FuseR1", "equivalent", 3),)

@@ -117,6 +117,7 @@ def stage(verdict: Verdict, name: str) -> Stage:
         ("llama", "rotate-only", (), "float32"),
         ("llama", "rotate-only", (), "float16"),
         ("llama", "w8a8kv8", (), "float32"),
+        ("llama", "w8a8kv8", ("weights.down_proj_bits=4",), "float32"),
         ("llama", "w4a4kv4", ("kv_cache.io=float",), "float32"),
         ("llama-tied", "w4a4kv4", ("rotations.r1=random_orthogonal",), "float32"),
         ("mistral-sliding", "w6a6kv6", (), "float32"),

@@ -29,11 +29,7 @@ _LOGITS_AT_ONCE = 1 << 24  # 64 MB in float32
 
 
 def minimum(
-    loss: Callable[[float], float],
-    start: float,
-    known: float | None = None,
-    low: float = LOW,
-    high: float = HIGH,
+    loss: Callable[[float], float], start: float, known: float | None = None
 ) -> tuple[float, float]:
     """The best clip that a binary search tries, and its loss; `start` is tried, too.
 
@@ -41,6 +37,7 @@ def minimum(
     of `start` may be `known`.
     """
     tried = {start: loss(start) if known is None else known}
+    low, high = LOW, HIGH
     for _ in range(_STEPS):
         middle = (low + high) / 2
         left, right = (low + middle) / 2, (middle + high) / 2

@@ -65,7 +65,7 @@ class Journal:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
     def keep(self, name: str, array: NDArray[Any]) -> None:
-        """Store `array` under `name`, which is a weight's.
+        """Store `array` under `name`.
 
         Raises:
             ResourceError: the disk is full.

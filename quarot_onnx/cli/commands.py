@@ -120,7 +120,7 @@ def export(
     ] = "embedded",
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Keep finished layers in OUT_DIR.calibration; go on there."),
+        typer.Option("--resume", help="Keep what is finished in OUT_DIR.calibration; go on there."),
     ] = False,
     transforms: Annotated[
         Path | None,

@@ -257,7 +257,7 @@ def _deviation(entry: dict[str, Any], dtype: str) -> str:
 
 def show_inspection(found: dict[str, Any], *, all_layers: bool) -> None:
     """An artifact's linears, cache and operators."""
-    from quarot_onnx.rotation import PLACES  # noqa: PLC0415  # it computes, most tables do not
+    from quarot_onnx.rotation import INPUTS, PLACES  # noqa: PLC0415  # it computes, most tables do not
 
     manifest = found["manifest"]
     print(
@@ -280,8 +280,8 @@ def show_inspection(found: dict[str, Any], *, all_layers: bool) -> None:
                 str(entry["sites"]),
                 _deviation(entry, "float64"),
             ]
-            for place in PLACES
-            if (entry := done.get(place.put_by)) is not None
+            for place in (*PLACES, INPUTS)
+            for entry in (done[name] for name in place.put_by if name in done)
         ],
         numeric=2,
     )

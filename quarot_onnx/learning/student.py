@@ -4,7 +4,7 @@
 The modules of a Llama-like model (`quarot_onnx.export.architectures.LLAMA_MODULES`) are replaced
 one by one: embedding, norms and linears compute what the exported graph will compute, with
 matrices that a step of the training can change. Places whose matrices are not learned have those
-of the recipe. Weights stay float, or are rounded to `LearningSettings.weight_bits` in the forward.
+of the recipe. Weights stay float, or are rounded to `Learning.weight_bits` per output channel.
 
 Row vectors; torch's weights are [out, in], so an input turned by M makes ``W M^-T`` of W, an
 output turned by M makes ``M.T W``.

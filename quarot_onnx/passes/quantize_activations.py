@@ -58,7 +58,7 @@ class QuantizeActivationsPass(Pass):
         self.weight_bits = weight_bits
         self.weight_zeros = weight_zeros
         self.quantizers: list[Quantizer] = []
-        self._in_groups: set[ir.Node] = set()  # products with weights that have groups
+        self._in_groups = False  # whether weights are
 
     def requires(self) -> None:
         """Every linear must hold codes already."""
@@ -75,8 +75,7 @@ class QuantizeActivationsPass(Pass):
         sites = {site.value: site for site in choice.sites}
         for linear in self.decoder.linears:
             _summed(linear, sites[rounded_value(linear)])  # refuses groups that do not fit
-            if linear.node.op_type == "WeightOnlyGemmGroups":
-                self._in_groups.add(linear.node)
+            self._in_groups |= linear.node.op_type == "WeightOnlyGemmGroups"
         quantized: dict[ir.Value, list[ir.Value]] = {}
         for linear in self.decoder.linears:
             site = sites[rounded_value(linear)]
@@ -157,9 +156,9 @@ class QuantizeActivationsPass(Pass):
         name = "Int4Gemm" if bits <= _EXACT_IN_16_BITS else "Int8Gemm"
         attributes = {"dtype": int(linear.node.outputs[0].dtype or ir.DataType.FLOAT)}
         weight = [value for value in linear.node.inputs[1:] if value is not None]
-        if linear.node in self._in_groups and self.weight_zeros:
+        if self._in_groups and self.weight_zeros:
             name += "WeightZeros"
-        elif linear.node in self._in_groups or site.has_groups:
+        elif self._in_groups or site.has_groups:
             name += "Groups"
             weight = weight[:2]
         elif not site.rounding.symmetric:

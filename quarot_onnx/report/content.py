@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from quarot_onnx.activations import Activation
-from quarot_onnx.rotation import PLACES
+from quarot_onnx.rotation import INPUTS, PLACES
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class PlannedRotation:
 
 
 def rotation_plan(model: ModelFacts, passes: Sequence[PassEntry]) -> tuple[PlannedRotation, ...]:
-    """Every rotation of QuaRot and what became of it."""
+    """Every rotation of QuaRot and what became of it, and given matrices of other places."""
     done = {entry.name: entry for entry in passes}
     sizes = {
         "R1": model.hidden_size,
@@ -228,11 +228,14 @@ def rotation_plan(model: ModelFacts, passes: Sequence[PassEntry]) -> tuple[Plann
         "heads": model.num_heads,
         "R3": model.head_dim,
         "R4": model.intermediate_size,
+        "inputs": model.hidden_size,
     }
     plan = []
-    for place in PLACES:
+    for place in (*PLACES, INPUTS):
         row = PlannedRotation(place.name, place.where, sizes[place.name], "not in the recipe")
-        entry = done.get(place.put_by)
+        entry = next((done[name] for name in place.put_by if name in done), None)
+        if entry is None and place is INPUTS:
+            continue
         if entry is not None:
             runs = "fused into weights" if place.is_fused else "online"
             row = replace(

@@ -9,6 +9,7 @@ import torch
 
 from quarot_onnx.calibration import Calibration, Journal
 from quarot_onnx.errors import InputError, UnsupportedModelError
+from quarot_onnx.inspection import inspect
 from quarot_onnx.learning import learn
 from quarot_onnx.learning.matrices import LearnedRotation
 from quarot_onnx.learning.places import balanced_factors
@@ -21,6 +22,8 @@ from quarot_onnx.reference import FakeQuantModel, HuggingFaceModel
 from quarot_onnx.rounding import Rounding
 from quarot_onnx.runtime import OnnxModel
 from quarot_onnx.transforms import FILE
+from quarot_onnx.validate.subject import Subject
+from quarot_onnx.validate.twin import bisect
 from tests.conftest import HuggingFace
 
 ALL = "learning.places=['r1','value','key','heads','down','up','norms','inputs']"
@@ -201,6 +204,20 @@ def test_an_artifact_carries_what_it_learned_and_can_be_made_from_it_again(
         assert (tmp_path / "learned" / name).read_bytes() == (
             tmp_path / "again" / name
         ).read_bytes()
+
+    followed = bisect(Subject(tmp_path / "learned", model_dir, threads=1))
+    assert followed.departure is None
+    assert all(site.to_export == 0 for site in followed.sites)
+    rotations = {row.name: row.rotation for row in inspect(tmp_path / "learned").linears}
+    assert rotations == {
+        **dict.fromkeys(
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "given 8 x 12"
+        ),
+        **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), "given 8 x 12"),
+        "self_attn.o_proj": "given 4 across heads",
+        "mlp.down_proj": "given 11 x 16",
+        "lm_head": "",
+    }
 
     graph, torch_model = OnnxModel(tmp_path / "learned"), FakeQuantModel(tmp_path / "learned")
     found, _ = graph.step(IDS, graph.new_cache(2))
