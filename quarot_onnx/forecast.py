@@ -4,8 +4,9 @@
 Nothing is traced and no weight is read, so the answer comes at once, on a machine without torch.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from quarot_onnx.export.architectures import (
@@ -20,6 +21,8 @@ from quarot_onnx.hadamard import Plan, Policy, plan
 from quarot_onnx.ops import PACKED_BITS
 from quarot_onnx.recipe import Recipe
 from quarot_onnx.rotation import Rotation
+from quarot_onnx.rounding import require_groups
+from quarot_onnx.transforms import Transforms, balanced_factors, require_learnable
 
 FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -33,13 +36,14 @@ class Site:
     """One rotation of the plan.
 
     Attributes:
-        name: R1, R2, heads, R3 or R4.
+        name: R1, R2, heads, R3 or R4; qkv or gate_up where QuaRot has no rotation.
         where: what it turns.
         size: the dimension.
         how: factors of the Hadamard, or the kind of matrix.
         runs: ``offline`` (fused into weights), ``online`` (a node) or ``skipped``.
         cost: multiply-adds per token and layer of the online part.
-        suppression: by how much the peak of a single outlier shrinks.
+        suppression: by how much the peak of a single outlier shrinks; None where the matrix is
+        learned or given.
         reason: why it is skipped or not a full Hadamard.
         candidates: what each policy would do, where they differ; the first is the recipe's.
     """
@@ -50,7 +54,7 @@ class Site:
     how: str
     runs: str
     cost: int
-    suppression: float
+    suppression: float | None
     reason: str = ""
     candidates: tuple["Candidate", ...] = ()
 
@@ -104,16 +108,28 @@ class Forecast:
     peak_memory_bytes: int
 
 
-def forecast(checkpoint: Checkpoint, recipe: Recipe, dtype: str) -> Forecast:
-    """The plan of exporting `checkpoint` with `recipe`.
+def forecast(
+    checkpoint: Checkpoint, recipe: Recipe, dtype: str, transforms: Path | None = None
+) -> Forecast:
+    """The plan of exporting `checkpoint` with `recipe`, and with the matrices of a file.
 
     Raises:
         InputError, UnsupportedModelError: what the export itself would refuse for its
         configuration.
     """
     config = checkpoint.config
-    check_config(checkpoint.directory / "config.json", config)
+    config_file = checkpoint.directory / "config.json"
+    check_config(config_file, config)
     sizes = dimensions(config)
+    if transforms is not None:
+        given = Transforms.load(transforms, sizes)
+        online, source, orders = given.online, "given", _given(given)
+    else:
+        if recipe.learning.places:
+            require_learnable(config_file, config["model_type"])
+        learning = recipe.learning
+        online, source, orders = learning.online, "learned", _learned(learning.places, sizes)
+    require_groups(recipe, sizes, online)
     layers = sizes.num_layers
     matrices = list(_linears(checkpoint, sizes))
     linear_count = sum(rows * columns for rows, columns in matrices)
@@ -127,7 +143,7 @@ def forecast(checkpoint: Checkpoint, recipe: Recipe, dtype: str) -> Forecast:
         dtype=dtype,
         layers=layers,
         parameters=parameters,
-        sites=tuple(_sites(recipe, sizes)),
+        sites=tuple(_with_matrices(_sites(recipe, sizes), sizes, orders, source)),
         weight_bytes=_stored(linear_count, recipe.weights.bits, dtype)
         + (_scale_bytes(recipe, matrices) if recipe.weights.bits < 16 else 0),
         float_bytes=(2 * embedding + vectors + routers) * FLOAT_BYTES[dtype],
@@ -192,6 +208,75 @@ def _cache_bytes(recipe: Recipe, head_dim: int, dtype: str) -> int:
         return head_dim * FLOAT_BYTES[dtype]
     groups = head_dim // min(cache.group_size or head_dim, head_dim)
     return (head_dim // 2 if cache.bits <= PACKED_BITS else head_dim) + 8 * groups
+
+
+Orders = dict[str, tuple[int, ...]]
+"""Of the matrices of a layer that are learned or given, by `Site.name`."""
+
+
+def _learned(places: Sequence[str], sizes: Dimensions) -> Orders:
+    """What a training of `places` makes."""
+    d, hidden = sizes.head_dim, sizes.hidden_size
+    found: Orders = {}
+    for place in places:
+        match place:
+            case "r1":
+                found["R1"] = (hidden,)
+            case "r2" | "value":
+                found["R2"] = (d,)
+            case "key":
+                found["R3"] = (d,)
+            case "heads":
+                found["heads"] = (sizes.num_heads,)
+            case "down":
+                found["R4"] = balanced_factors(sizes.feed_forwards[0].size, place)
+            case "inputs":
+                found["qkv"] = found["gate_up"] = balanced_factors(hidden, place)
+    return found
+
+
+def _given(transforms: Transforms) -> Orders:
+    """What a file has for the first layer."""
+    found = {
+        "R1": [transforms.r1],
+        "R2": [transforms.value(0, 1)],
+        "R3": [transforms.key(0)],
+        "heads": [transforms.heads(0)],
+        "R4": transforms.down(0) or (),
+        "qkv": transforms.inputs(0, 0) or (),
+        "gate_up": transforms.inputs(0, 1) or (),
+    }
+    orders = {
+        name: tuple(len(x.T) for x in given if x is not None) for name, given in found.items()
+    }
+    return {name: each for name, each in orders.items() if each}
+
+
+def _with_matrices(
+    planned: Iterable[Site], sizes: Dimensions, orders: Orders, source: str
+) -> Iterator[Site]:
+    """The sites, those of `orders` with matrices of these orders in place of the recipe's."""
+    heads, head_dim, hidden = sizes.num_heads, sizes.head_dim, sizes.hidden_size
+    network = sizes.feed_forwards[0]
+    places = (  # name, what is turned, its features, how often online
+        ("R1", "residual stream", hidden, 0),
+        ("R2", "values, per head", head_dim, 0),
+        ("qkv", "input of q, k and v", hidden, 1),
+        ("heads", "o_proj input, across heads", heads, head_dim),
+        ("R3", "queries and keys, per head", head_dim, 2 * heads),
+        ("gate_up", "input of gate and up", hidden, 1),
+        ("R4", f"{network.name} input", network.size, 1),
+    )
+    usual: dict[str, list[Site]] = {}
+    for site in planned:
+        usual.setdefault(site.name, []).append(site)
+    for name, where, size, times in places:
+        if name not in orders:
+            yield from usual.get(name, ())
+            continue
+        how = f"{source} {' x '.join(map(str, orders[name]))}"
+        cost = size * sum(orders[name]) * times
+        yield Site(name, where, size, how, "online" if times else "offline", cost, None)
 
 
 def _sites(recipe: Recipe, sizes: Dimensions) -> list[Site]:

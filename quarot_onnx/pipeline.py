@@ -31,6 +31,7 @@ from quarot_onnx.export.huggingface import COMPANIONS, onnx_from_huggingface
 from quarot_onnx.export.polygraphy_run import save_polygraphy
 from quarot_onnx.passes import Effect, Report, pipeline, untie_embeddings
 from quarot_onnx.recipe import Recipe
+from quarot_onnx.rounding import require_groups
 from quarot_onnx.sparsity import save_sparse
 from quarot_onnx.targets import targets_of
 from quarot_onnx.transforms import FILE as TRANSFORMS
@@ -111,6 +112,8 @@ def rewrite(
             f"recipe {recipe.name}: has a method that looks at text; give one with --calibration"
         )
     model = onnx_from_huggingface(checkpoint, DTYPES[dtype])
+    online = recipe.learning.online if transforms is None else transforms.online
+    require_groups(recipe, dimensions(checkpoint.config), online)
     reports = [untie_embeddings(model)]
     decoder = Decoder.locate(model)
     begun = time.perf_counter()

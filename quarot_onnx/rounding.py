@@ -6,7 +6,8 @@ values of a layer as they enter the cache. The recipe gives every site a `Roundi
 methods change some of them (`quarot_onnx.calibration.roundings`).
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -14,9 +15,14 @@ import onnx_ir as ir
 
 from quarot_onnx.decoder import Decoder
 from quarot_onnx.errors import UnsupportedModelError
+from quarot_onnx.export.architectures import Dimensions
+from quarot_onnx.hadamard import plan
 from quarot_onnx.handles import Linear
 from quarot_onnx.ops import Array, Float32, groups
-from quarot_onnx.recipe import Activations, KvCache
+from quarot_onnx.recipe import Activations, KvCache, Recipe
+
+_FLOAT_BITS = 16
+_FEWEST = 16  # features of a sum, where groups do not fit: scaling costs more than summing below
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,47 @@ def input_rounding(
         bits, clip_ratio = activations.down_proj_bits, activations.down_proj_clip_ratio
     size = _group_size(activations.group_size, features, hidden_size, where)
     return Rounding(bits, activations.mode != "asymmetric", clip_ratio, size)
+
+
+def summed_features(where: str, features: int, of_input: int, of_weight: int) -> int:
+    """Features that have one scale on both sides: the largest number that divides both groups.
+
+    Raises:
+        UnsupportedModelError: they are few, though either group is larger; names `where`.
+    """
+    shared = math.gcd(of_input, of_weight)
+    if shared < min(of_input, of_weight, _FEWEST):
+        raise UnsupportedModelError(
+            f"{where}: in_features = {features} has groups of {of_input} in the activation "
+            f"and of {of_weight} in the weight, which only parts of {shared} divide; set "
+            f"weights.group_size = {of_input} or activations.group_size = 0"
+        )
+    return shared
+
+
+def require_groups(recipe: Recipe, sizes: Dimensions, online: Sequence[str]) -> None:
+    """Nothing, where the recipe's groups fit the model: known before a weight is read.
+
+    Args:
+        recipe: activations, cache and weights.
+        sizes: of the model.
+        online: places whose learned or given matrices run online.
+
+    Raises:
+        UnsupportedModelError: names the kind of linear.
+    """
+    hidden, rotations = sizes.hidden_size, recipe.rotations
+    inputs = [("q_proj", "qkv", hidden), ("o_proj", "o_proj", sizes.num_heads * sizes.head_dim)]
+    inputs.append(("gate_proj", "gate_up", hidden))
+    for network in sizes.feed_forwards:
+        has_r4 = rotations.r4 and "down" not in online
+        rotated = plan(network.size, policy=rotations.r4_policy if has_r4 else "full")
+        inputs.append((network.name, "down_proj", rotated.padded_size))
+    for where, kind, features in inputs if recipe.activations.bits < _FLOAT_BITS else ():
+        of_input = input_rounding(recipe.activations, kind, features, hidden, where).group_size
+        summed_features(where, features, of_input, recipe.weights.form.rows(features))
+    if recipe.kv_cache.bits < _FLOAT_BITS:
+        cache_rounding(recipe.kv_cache, sizes.head_dim, "attention")
 
 
 def moved_rows(node: ir.Node | None) -> ir.Value | None:

@@ -36,8 +36,8 @@ from pathlib import Path
 
 import numpy as np
 
-from quarot_onnx.errors import InputError
-from quarot_onnx.export.architectures import Dimensions
+from quarot_onnx.errors import InputError, UnsupportedModelError
+from quarot_onnx.export.architectures import LLAMA_MODULES, Dimensions
 from quarot_onnx.export.checkpoint import read_tensors
 from quarot_onnx.weights import Float64
 
@@ -45,6 +45,7 @@ FILE = "transforms.safetensors"
 """The name in an artifact."""
 
 _ORTHOGONAL_WITHIN = 1e-2  # of max|Q Q^T - 1|: a matrix stored in bfloat16 is within 3e-3
+_LARGEST_FACTOR = 1024  # a dense product of this order already costs more than many a linear
 _LARGEST_CONDITION = 1e6  # beyond, float32 activations lose what they are transformed for
 
 _ONLINE = {  # the name of a tensor -> of its place in `quarot_onnx.recipe.Learning.places`
@@ -112,6 +113,8 @@ class Transforms:
                 f"{path}: pickled tensors can run code and are refused; convert them with "
                 "safetensors.torch.save_file"
             )
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; give a .safetensors file of matrices")
         return cls.of(read_tensors(path), dimensions, path.name)
 
     @classmethod
@@ -230,6 +233,34 @@ class Transforms:
                     f"{self.source}: layer {layer} has {place}A and {place}B of orders {sizes}, "
                     f"which do not make {size}; give both, with that product"
                 )
+
+
+def balanced_factors(n: int, place: str) -> tuple[int, int]:
+    """(a, b) with a b = n and the smallest a + b, a at most b: the cheapest Kronecker product.
+
+    Raises:
+        UnsupportedModelError: n has no such factors of at most `_LARGEST_FACTOR`.
+    """
+    a = next(a for a in range(int(n**0.5), 0, -1) if n % a == 0)
+    if n // a > _LARGEST_FACTOR:
+        raise UnsupportedModelError(
+            f"learning.places: {place} needs a Kronecker product of {n} features, which have no "
+            f"factors up to {_LARGEST_FACTOR}; take {place} out"
+        )
+    return a, n // a
+
+
+def require_learnable(config_file: Path, model_type: str) -> None:
+    """Nothing, for the families that `quarot_onnx.learning` is written for.
+
+    Raises:
+        UnsupportedModelError: another one.
+    """
+    if model_type not in LLAMA_MODULES:
+        raise UnsupportedModelError(
+            f"{config_file}: learning is written for {', '.join(LLAMA_MODULES)}, not for "
+            f"{model_type}; import matrices with --transforms, or leave learning.places empty"
+        )
 
 
 def inverse(matrix: Float64) -> Float64:

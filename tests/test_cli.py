@@ -8,10 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from quarot_onnx import cli
 from quarot_onnx.artifacts import MANIFEST
+from quarot_onnx.calibration import Calibration
+from quarot_onnx.errors import UnsupportedModelError
+from quarot_onnx.pipeline import export
+from quarot_onnx.recipe import load_recipe
 from tests.conftest import Exported, HuggingFace
 
 
@@ -109,11 +115,92 @@ def test_a_dry_run_forecasts_the_sizes_that_the_export_has(
     assert found["weight_bytes"] == pytest.approx(stored, rel=0.1)  # and small ones kept inline
 
 
-def test_a_dry_run_does_not_import_torch(hugging_face: HuggingFace, tmp_path: Path) -> None:
+def test_a_dry_run_plans_learned_and_given_matrices(
+    run: Run, hugging_face: HuggingFace, tmp_path: Path
+) -> None:
+    arguments = ("export", hugging_face("llama"), tmp_path / "out", "--dry-run", "--json")
+    recipe = ("-r", "w4a4kv4-learned-g64", "--set=activations.group_size=48")
+    learned = json.loads(run(*arguments, *recipe).out)
+    assert [(site["name"], site["how"], site["cost"]) for site in learned["sites"]] == [
+        ("R1", "learned 96", 0),
+        ("R2", "learned 24", 0),
+        ("qkv", "learned 8 x 12", 96 * 20),
+        ("heads", "learned 4", 4 * 4 * 24),
+        ("R3", "learned 24", 24 * 24 * 2 * 4),
+        ("gate_up", "learned 8 x 12", 96 * 20),
+        ("R4", "learned 11 x 16", 176 * 27),
+    ]
+    file = tmp_path / "matrices.safetensors"
+    places = (f"model.layers.{layer}.mlp.down_" for layer in range(3))
+    sizes = (("A", 4), ("B", 44))
+    save_file({f"{place}{side}": np.eye(n) for place in places for side, n in sizes}, file)
+    given = json.loads(run(*arguments, "--transforms", file).out)
+    assert [site["how"] for site in given["sites"]] == [
+        "randomized hadamard 12 x 8",
+        "hadamard 12 x 2",
+        "hadamard 2 x 2",
+        "hadamard 12 x 2",
+        "given 4 x 44",
+    ]
+    assert run(*arguments[:-1], "--transforms", file).code == 0
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        (
+            "llama",
+            ("--set=activations.group_size=24", "--set=weights.group_size=32"),
+            "q_proj: in_features = 96 has groups of 24 in the activation and of 32 in the weight, "
+            "which only parts of 8 divide; set weights.group_size = 24 or activations.group_size "
+            "= 0",
+        ),
+        (
+            "llama",
+            ("--set=activations.group_size=7",),
+            "q_proj: in_features = 96 is no multiple of activations.group_size = 7",
+        ),
+        (
+            "llama",
+            ("--set=kv_cache.group_size=7",),
+            "attention: head_dim = 24 is no multiple of kv_cache.group_size = 7",
+        ),
+        ("llama", ("--transforms=none.safetensors",), "none.safetensors: no such file; give a"),
+        ("gemma2", ("-r", "w4a4kv4-learned"), "config.json: learning is written for llama, mist"),
+    ],
+)
+def test_a_dry_run_refuses_what_does_not_fit_the_model(
+    run: Run, hugging_face: HuggingFace, tmp_path: Path, family, options, message
+) -> None:
+    result = run("export", hugging_face(family), tmp_path / "out", "--dry-run", *options)
+    assert result.code != 0
+    assert message in result.err
+    assert len(result.err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_groups_that_do_not_fit_are_refused_before_anything_is_calibrated(
+    traced_once: None, hugging_face: HuggingFace, tmp_path: Path
+) -> None:
+    groups = ["activations.group_size=24", "weights.group_size=32"]
+    tokens = np.zeros((1, 4), np.int64)
+    with pytest.raises(UnsupportedModelError, match=r"^q_proj: in_features = 96 has groups of 24"):
+        export(
+            hugging_face("llama"),
+            tmp_path / "out",
+            load_recipe("w4a4kv4-gptq", groups),
+            calibration=Calibration.of(tokens, "zeros"),
+        )
+
+
+@pytest.mark.parametrize("recipe", ["w4a4kv4", "w4a4kv4-learned"])
+def test_a_dry_run_does_not_import_torch(hugging_face: HuggingFace, tmp_path: Path, recipe) -> None:
     code = (
         "import sys\n"
         "from quarot_onnx.cli import main\n"
-        f"sys.argv[1:] = ['export', {str(hugging_face('llama'))!r}, 'out', '--dry-run']\n"
+        f"arguments = [{str(hugging_face('llama'))!r}, 'out', '--dry-run', '-r', {recipe!r}]\n"
+        "sys.argv[1:] = ['export', *arguments]\n"
         "try: main()\n"
         "except SystemExit as stopped: assert not stopped.code\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"

@@ -147,7 +147,7 @@ def export(
 
     resolved = load_recipe(recipe, settings or ())
     if dry_run:
-        found = forecast(Checkpoint(model_dir), resolved, dtype)
+        found = forecast(Checkpoint(model_dir), resolved, dtype, transforms)
         emit(forecast_json(found), as_json, lambda: tables.show_forecast(forecast_json(found)))
         return
     from quarot_onnx.pipeline import export as run_export  # noqa: PLC0415

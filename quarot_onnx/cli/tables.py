@@ -56,7 +56,7 @@ def show_forecast(found: dict[str, Any]) -> None:
                 site["runs"],
                 str(site["size"]),
                 f"{site['cost']:,}" if site["cost"] else "-",
-                f"{site['suppression']:.0f}",
+                "-" if site["suppression"] is None else f"{site['suppression']:.0f}",
             ]
             for site in found["sites"]
         ],

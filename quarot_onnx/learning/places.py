@@ -10,15 +10,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from quarot_onnx.errors import UnsupportedModelError
 from quarot_onnx.export.architectures import Dimensions
 from quarot_onnx.hadamard import Plan, plan, random_orthogonal
 from quarot_onnx.learning.matrices import LearnedMatrix, LearnedRotation
 from quarot_onnx.recipe import Recipe
-from quarot_onnx.transforms import NORMS
+from quarot_onnx.transforms import NORMS, balanced_factors
 from quarot_onnx.weights import Float64
-
-_LARGEST_FACTOR = 1024  # a dense product of this order already costs more than many a linear
 
 Turn = Callable[[torch.Tensor], torch.Tensor]
 Matrix = LearnedRotation | LearnedMatrix | torch.Tensor
@@ -230,18 +227,3 @@ def _constant(given: Plan, is_used: bool) -> torch.Tensor:
     """The matrix that the recipe's pass puts in a place; the identity where there is none."""
     blocks = np.kron(np.eye(given.size // given.block_size), given.matrix())
     return torch.from_numpy(blocks if is_used else np.eye(given.size))
-
-
-def balanced_factors(n: int, place: str) -> tuple[int, int]:
-    """(a, b) with a b = n and the smallest a + b, a at most b: the cheapest Kronecker product.
-
-    Raises:
-        UnsupportedModelError: n has no such factors of at most `_LARGEST_FACTOR`.
-    """
-    a = next(a for a in range(int(n**0.5), 0, -1) if n % a == 0)
-    if n // a > _LARGEST_FACTOR:
-        raise UnsupportedModelError(
-            f"learning.places: {place} needs a Kronecker product of {n} features, which have no "
-            f"factors up to {_LARGEST_FACTOR}; take {place} out"
-        )
-    return a, n // a

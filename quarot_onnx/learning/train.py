@@ -22,13 +22,13 @@ import torch
 from torch.nn import functional
 
 from quarot_onnx.calibration import Calibration, Journal
-from quarot_onnx.errors import InputError, UnsupportedModelError
-from quarot_onnx.export.architectures import LLAMA_MODULES, dimensions
+from quarot_onnx.errors import InputError
+from quarot_onnx.export.architectures import dimensions
 from quarot_onnx.learning.student import Student
 from quarot_onnx.passes.base import Effect, Report
 from quarot_onnx.recipe import Recipe
 from quarot_onnx.reference import HuggingFaceModel
-from quarot_onnx.transforms import Transforms
+from quarot_onnx.transforms import Transforms, require_learnable
 
 _WARM_UP = 10  # steps until the learning rate is reached
 _RECORDS = 10  # losses in the report
@@ -79,12 +79,7 @@ def learn(
     """
     teacher = HuggingFaceModel(model_dir)
     config: Any = teacher.config
-    if config.model_type not in LLAMA_MODULES:
-        raise UnsupportedModelError(
-            f"{model_dir}: learning is written for {', '.join(LLAMA_MODULES)}, not for "
-            f"{config.model_type}; import matrices with --transforms, or leave learning.places "
-            "empty"
-        )
+    require_learnable(model_dir / "config.json", config.model_type)
     student = Student(copy.deepcopy(teacher.model), recipe)
     losses = _train(student, teacher.model, recipe, calibration, journal or Journal(), progress)
     sizes = dimensions(config.to_dict())

@@ -17,7 +17,6 @@ quantized once, before they are copied for each expert of a token (``Gather``) a
 are the site's `Rounding`.
 """
 
-import math
 from collections.abc import Callable
 
 import onnx_ir as ir
@@ -28,10 +27,9 @@ from quarot_onnx.errors import UnsupportedModelError
 from quarot_onnx.handles import Linear
 from quarot_onnx.passes.base import Effect, Pass, Report
 from quarot_onnx.passes.online import module_of
-from quarot_onnx.rounding import Choice, Quantizer, Site, moved_rows, rounded_value
+from quarot_onnx.rounding import Choice, Quantizer, Site, moved_rows, rounded_value, summed_features
 
 _EXACT_IN_16_BITS = 6  # two products of larger codes overflow the CPU kernels' int16 step: Int8Gemm
-_FEWEST = 16  # features of a sum, where groups do not fit: scaling costs more than summing below
 _PRODUCTS = ("WeightOnlyGemm", "WeightOnlyGemmGroups")
 
 
@@ -170,23 +168,11 @@ class QuantizeActivationsPass(Pass):
 
 
 def _summed(linear: Linear, site: Site) -> int:
-    """Features that have one scale on both sides: the largest that divides both groups.
-
-    Raises:
-        UnsupportedModelError: there are few of them, though either group is larger.
-    """
-    of_input, features = site.rounding.group_size, linear.in_features
+    """Features that `linear` sums before it scales them."""
     scale = linear.node.inputs[2]
     assert scale is not None
     assert scale.shape is not None
     groups = scale.shape[0] if len(scale.shape) == 2 else 1
     assert isinstance(groups, int)
-    of_weight = features // groups
-    shared = math.gcd(of_input, of_weight)
-    if shared < min(of_input, of_weight, _FEWEST):
-        raise UnsupportedModelError(
-            f"{linear.name}: in_features = {features} has groups of {of_input} in the activation "
-            f"and of {of_weight} in the weight, which only parts of {shared} divide; set "
-            f"weights.group_size = {of_input} or activations.group_size = 0"
-        )
-    return shared
+    features = linear.in_features
+    return summed_features(linear.name, features, site.rounding.group_size, features // groups)

@@ -27,6 +27,7 @@ from quarot_onnx.report.page import write_report
 from quarot_onnx.runtime import OnnxModel, eos_token_ids, load_tokenizer
 from quarot_onnx.runtime.generation import generate
 from quarot_onnx.texts import read
+from quarot_onnx.transforms import FILE as TRANSFORMS
 
 _TOKENS = 256  # of the sample that the figures show
 _NEW_TOKENS = 64  # of the generated sample
@@ -59,7 +60,8 @@ def report_artifact(
     found = inspect(artifact)
     recipe, dtype = Recipe.model_validate(found.manifest["recipe"]), found.manifest["dtype"]
     checkpoint = Checkpoint(reference)
-    planned = forecast(checkpoint, recipe, dtype)
+    given = artifact / TRANSFORMS
+    planned = forecast(checkpoint, recipe, dtype, given if given.exists() else None)
     tokens = load_tokenizer(artifact).encode(read(text))[:_TOKENS]
     folder = reference.resolve()
     name = folder.parent.name if folder.name == "model" else folder.name

@@ -12,7 +12,6 @@ from quarot_onnx.errors import InputError, UnsupportedModelError
 from quarot_onnx.inspection import inspect
 from quarot_onnx.learning import learn
 from quarot_onnx.learning.matrices import LearnedRotation
-from quarot_onnx.learning.places import balanced_factors
 from quarot_onnx.learning.rounding import round_weight, rounded
 from quarot_onnx.learning.student import Student
 from quarot_onnx.pipeline import export
@@ -21,7 +20,7 @@ from quarot_onnx.recipe import Recipe, load_recipe
 from quarot_onnx.reference import FakeQuantModel, HuggingFaceModel
 from quarot_onnx.rounding import Rounding
 from quarot_onnx.runtime import OnnxModel
-from quarot_onnx.transforms import FILE
+from quarot_onnx.transforms import FILE, balanced_factors
 from quarot_onnx.validate.subject import Subject
 from quarot_onnx.validate.twin import bisect
 from tests.conftest import HuggingFace
