@@ -28,6 +28,7 @@ FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 _POLICIES: tuple[Policy, ...] = ("full", "block", "pad")
 
+_NO_FAST_FORM = "post-norms keep their scale, and the matrix has no fast form to run behind them"
 _RUNTIME_BYTES = 600_000_000  # the interpreter with torch, transformers and a traced layer
 
 
@@ -276,7 +277,9 @@ def _with_matrices(
             continue
         how = f"{source} {' x '.join(map(str, orders[name]))}"
         cost = size * sum(orders[name]) * times
-        yield Site(name, where, size, how, "online" if times else "offline", cost, None)
+        site = Site(name, where, size, how, "online" if times else "offline", cost, None)
+        is_skipped = name == "R1" and sizes.post_norms
+        yield replace(site, runs="skipped", reason=_NO_FAST_FORM) if is_skipped else site
 
 
 def _sites(recipe: Recipe, sizes: Dimensions) -> list[Site]:
@@ -332,8 +335,7 @@ def _residual_site(recipe: Recipe, sizes: Dimensions) -> Site:
         reason = "post-norms keep their scale, and rotations.post_norm = skip_r1"
         return replace(site, runs="skipped", suppression=1.0, reason=reason)
     if rotation.plan is None:
-        reason = "post-norms keep their scale, and the matrix has no fast form to run behind them"
-        return replace(site, runs="skipped", suppression=1.0, reason=reason)
+        return replace(site, runs="skipped", suppression=1.0, reason=_NO_FAST_FORM)
     return replace(
         site,
         runs="online",

@@ -146,6 +146,18 @@ def test_a_dry_run_plans_learned_and_given_matrices(
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_a_dry_run_says_that_a_given_r1_does_not_run_behind_post_norms(
+    run: Run, hugging_face: HuggingFace, tmp_path: Path
+) -> None:
+    size = json.loads((hugging_face("gemma2") / "config.json").read_text())["hidden_size"]
+    save_file({"R1": np.eye(size)}, tmp_path / "r1.safetensors")
+    options = ("--dry-run", "--json", "--transforms", tmp_path / "r1.safetensors")
+    plan = json.loads(run("export", hugging_face("gemma2"), tmp_path / "out", *options).out)
+    site = plan["sites"][0]
+    assert (site["name"], site["runs"], site["how"]) == ("R1", "skipped", f"given {size}")
+    assert "post-norms keep their scale" in site["reason"]
+
+
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [

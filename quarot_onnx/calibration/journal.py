@@ -10,6 +10,8 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +73,8 @@ class Journal:
             ResourceError: the disk is full.
         """
         path = self._array(name)
-        try:
-            with path.open("wb") as file:
-                np.save(file, array)
-        except OSError as error:
-            raise ResourceError(
-                f"{path}: cannot be written ({error.strerror}); free some space"
-            ) from error
+        with _written(path), path.open("wb") as file:
+            np.save(file, array)
 
     def array(self, name: str) -> NDArray[Any]:
         """What was kept under `name`, memory-mapped."""
@@ -85,14 +82,30 @@ class Journal:
         return mapped
 
     def finish(self, part: str, record: dict[str, Any]) -> None:
-        """Everything of `part` has been kept; `record` is what the report says of it."""
-        _replace(self._record(part), json.dumps(record))
+        """Everything of `part` has been kept; `record` is what the report says of it.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
+        path = self._record(part)
+        with _written(path):
+            _replace(path, json.dumps(record))
 
     def _record(self, part: str) -> Path:
         return self.directory / f"{part.replace('/', '.')}.json"
 
     def _array(self, name: str) -> Path:
         return self.directory / f"{name.replace('/', '.')}.npy"
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"{path}: cannot be written ({error.strerror}); free some space"
+        ) from error
 
 
 def _replace(path: Path, text: str) -> None:

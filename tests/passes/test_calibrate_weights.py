@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPTQ on a model: each linear is rounded for the inputs that the finished graph gives it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from quarot_onnx import texts
 from quarot_onnx.artifacts import load_manifest
 from quarot_onnx.calibration import Calibration, Journal, require_unseen, walk
-from quarot_onnx.errors import InputError, UsageError
+from quarot_onnx.errors import InputError, ResourceError, UsageError
 from quarot_onnx.export.checkpoint import Checkpoint
 from quarot_onnx.passes import calibrate_weights
 from quarot_onnx.pipeline import Rewritten, export, rewrite
@@ -124,6 +125,15 @@ def test_refuses_the_journal_of_another_run(tmp_path: Path) -> None:
         f"{tmp_path / 'j'}: holds what another run finished (other model, recipe, text or "
         "version); remove it, or export without --resume"
     )
+
+
+def test_a_journal_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j", {})
+    shutil.rmtree(tmp_path / "j")
+    with pytest.raises(ResourceError, match=r"j/layers\.0\.json: cannot be written \(No such file"):
+        journal.finish("layers.0", {})
+    with pytest.raises(ResourceError, match=r"j/w\.npy: cannot be written \(No such file"):
+        journal.keep("w", np.zeros(3))
 
 
 @pytest.fixture(scope="module")
