@@ -121,15 +121,11 @@ class LayerPlaces(torch.nn.Module):
     def _make_down(self, size: int) -> Product:
         rotations = self._recipe.rotations
         if "down" in self._learned:
-            factors = zip("AB", balanced_factors(size, "down"), strict=True)
-            sides = (self._make_side(side, n) for side, n in factors)
-            return Product(*sides)
+            sides = zip("AB", balanced_factors(size, "down"), strict=True)
+            starts = (self._start("down", plan(n), rotations.r4, f".{side}") for side, n in sides)
+            return Product(*(LearnedMatrix(start) for start in starts))
         fixed = plan(size, policy=rotations.r4_policy) if rotations.r4 else Plan(size, (), size)
         return Product(*(torch.from_numpy(matrix) for matrix in fixed.matrices()))
-
-    def _make_side(self, side: str, n: int) -> Matrix:
-        start = self._start("down", plan(n), self._recipe.rotations.r4, f".{side}")
-        return LearnedMatrix(start)
 
     def _make_inputs(self, size: int) -> list[Product]:
         """Of both norms; none where they are not learned."""

@@ -32,6 +32,7 @@ class FuseLayerNormMeanPass(Pass):
     def requires(self) -> None:
         """Every norm of the stream must subtract the mean, and writers must reach it directly."""
         self.refuse_after("FuseNormScale")
+        self.refuse_after("InsertInputTransform")
         others = [norm.name for norm in self.decoder.norms if not norm.is_layer_norm]
         others += [norm.name for norm in self.decoder.post_norms]
         if others:

@@ -32,6 +32,7 @@ class FuseNormOutputScalePass(Pass):
 
     def requires(self) -> None:
         """The norms' scales must be folded."""
+        self.refuse_after("InsertInputTransform")
         if "FuseNormScale" not in self.decoder.model.metadata_props.get(APPLIED, "").split():
             raise UnsupportedModelError(
                 "norm output scale: the norms still have scales of their own; "

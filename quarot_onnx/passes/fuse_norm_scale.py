@@ -26,6 +26,7 @@ class FuseNormScalePass(Pass):
 
     def requires(self) -> None:
         """No norm may subtract a mean or add a bias."""
+        self.refuse_after("InsertInputTransform")
         found = [norm.name for norm in self.decoder.norms if norm.is_layer_norm]
         if found:
             raise UnsupportedModelError(

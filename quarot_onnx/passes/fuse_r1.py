@@ -46,6 +46,7 @@ class FuseR1Pass(Pass):
 
     def requires(self) -> None:
         """Norm scales must be folded, and the order must be the stream's."""
+        self.refuse_after("InsertInputTransform")
         if "FuseNormScale" not in self.decoder.model.metadata_props.get(APPLIED, "").split():
             raise UnsupportedModelError(
                 "R1: the norms still have scales, with which no rotation commutes; "

@@ -17,8 +17,7 @@ import onnx_ir as ir
 
 from quarot_onnx.calibration import Calibration, walk
 from quarot_onnx.decoder import Decoder, Linear, Mlp
-from quarot_onnx.errors import UnsupportedModelError
-from quarot_onnx.passes.base import APPLIED, Effect, Pass, Report
+from quarot_onnx.passes.base import Effect, Pass, Report
 from quarot_onnx.weights import Float64
 
 
@@ -38,13 +37,8 @@ class SmoothDownInputPass(Pass):
     def requires(self) -> None:
         """The input of down_proj must not be transformed yet, and there is one per layer."""
         self.refuse_experts()
-        applied = self.decoder.model.metadata_props.get(APPLIED, "").split()
         for later in ("InsertR4", "InsertDownTransform"):
-            if later in applied:
-                raise UnsupportedModelError(
-                    f"{self.name}: {later} has been applied to this model; "
-                    f"apply {self.name}Pass before"
-                )
+            self.refuse_after(later)
 
     def rewrite(self) -> Report:
         """Scale both sides of every product."""

@@ -2,11 +2,17 @@
 """What the linears behind a norm read goes through one Kronecker product, each weight undoes it."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quarot_onnx.learning.places import balanced_factors
+from quarot_onnx.passes.fuse_layer_norm_mean import FuseLayerNormMeanPass
+from quarot_onnx.passes.fuse_norm_output_scale import FuseNormOutputScalePass
+from quarot_onnx.passes.fuse_norm_scale import FuseNormScalePass
+from quarot_onnx.passes.fuse_r1 import FuseR1Pass
 from quarot_onnx.passes.insert_input_transform import InsertInputTransformPass
+from quarot_onnx.rotation import Rotation
+from quarot_onnx.transforms import balanced_factors
 from tests.small_decoder import (
     SIZES,
     TYPES,
@@ -75,6 +81,27 @@ def test_refuses_quantized_activations() -> None:
         "apply InsertInputTransformPass before",
     ):
         InsertInputTransformPass(decoder, FACTORS, FACTORS)()
+
+
+@pytest.mark.parametrize(
+    "fuse",
+    [
+        FuseLayerNormMeanPass,
+        FuseNormScalePass,
+        lambda decoder: FuseR1Pass(decoder, Rotation("hadamard", 8, 0, "R1"), "online"),
+        lambda decoder: FuseNormOutputScalePass(decoder, {0: (None, np.ones(8))}),
+    ],
+)
+def test_what_is_fused_into_the_same_weights_comes_before(fuse) -> None:
+    decoder = located()
+    InsertInputTransformPass(decoder, FACTORS, FACTORS)()
+    late = fuse(decoder)
+    with refused(
+        decoder,
+        f"{late.name}: InsertInputTransform has been applied to this model; "
+        f"apply {late.name}Pass before",
+    ):
+        late()
 
 
 def test_refuses_one_norm_for_both_halves() -> None:
