@@ -291,7 +291,7 @@ def _run(
         "dtype": dtype,
         "calibration": calibration.sha256,
         "transforms": None if given is None else given.sha256,
-        "version": importlib.metadata.version("quarot-onnx"),
+        "versions": {name: importlib.metadata.version(name) for name in ("quarot-onnx", "torch")},
     }
 
 

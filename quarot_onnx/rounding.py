@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from quarot_onnx.decoder import Decoder
-from quarot_onnx.errors import UnsupportedModelError
+from quarot_onnx.errors import InputError, UnsupportedModelError
 from quarot_onnx.export.architectures import Dimensions
 from quarot_onnx.hadamard import plan
 from quarot_onnx.handles import Linear
@@ -328,13 +328,23 @@ _ROUNDING = tuple(each.name for each in fields(Rounding))
 
 
 def roundings_of(manifest: Mapping[str, Any]) -> dict[str, Rounding]:
-    """What an artifact's passes report: the rounding of each linear's module and cache site."""
+    """What an artifact's passes report: the rounding of each linear's module and cache site.
+
+    Raises:
+        InputError: a record does not say all of it.
+    """
     found: dict[str, Rounding] = {}
     for report in manifest["passes"]:
         for record in report.get("records", ()):
             for name in record.get("readers", ()):
-                if report["name"] in ("QuantizeActivations", "QuantizeKvCache"):
-                    found[name] = Rounding(**{key: record[key] for key in _ROUNDING})
-                elif report["name"] == "SearchClips":
-                    found[name] = replace(found[name], clip_ratio=record["clip_ratio"])
+                try:
+                    if report["name"] in ("QuantizeActivations", "QuantizeKvCache"):
+                        found[name] = Rounding(**{key: record[key] for key in _ROUNDING})
+                    elif report["name"] == "SearchClips":
+                        found[name] = replace(found[name], clip_ratio=record["clip_ratio"])
+                except KeyError as error:
+                    raise InputError(
+                        f"manifest.json: {report['name']}'s record of {name} has no "
+                        f"{error.args[0]}; export again"
+                    ) from error
     return found

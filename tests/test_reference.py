@@ -305,6 +305,16 @@ def test_a_site_that_no_record_rounds_is_named(
         FakeQuantModel(artifact)
 
 
+def test_a_record_without_a_key_is_named(exported: Exported, tmp_path: Path) -> None:
+    artifact = Path(shutil.copytree(exported("llama", "w4a4kv4"), tmp_path / "artifact"))
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    entry = next(e for e in manifest["passes"] if e["name"] == "QuantizeActivations")
+    del entry["records"][0]["clip_ratio"]
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"record of .*q_proj has no clip_ratio; export again"):
+        FakeQuantModel(artifact)
+
+
 def test_an_initializer_of_another_shape_is_named(exported: Exported, tmp_path: Path) -> None:
     artifact = Path(shutil.copytree(exported("llama", "w4a4kv4"), tmp_path / "artifact"))
     config = json.loads((artifact / "config.json").read_text())

@@ -137,6 +137,13 @@ def _table_error(expected: "_ExpectedWeights", name: str, found: NDArray[Any]) -
     return worst
 
 
+def _solved(a: Float64, b: Float64, weight: Float64) -> Float64:
+    """W of ``(A ⊗ B) W`` = `weight` [a * b, out]."""
+    by_b = np.linalg.solve(b, weight.reshape(len(a), len(b), -1))
+    solved: Float64 = np.linalg.solve(a, by_b.reshape(len(a), -1)).reshape(weight.shape)
+    return solved
+
+
 class _ExpectedWeights:
     """What the recipe says an artifact stores, before rounding, from the checkpoint; float64.
 
@@ -190,7 +197,7 @@ class _ExpectedWeights:
         given = self._of_norm(norm, self.given.norm)
         weight = weight if given is None else weight / given[:, None]
         factors = self._of_norm(norm, self.given.inputs)
-        return weight if factors is None else np.linalg.solve(np.kron(*factors), weight)
+        return weight if factors is None else _solved(*factors, weight)
 
     def writer(self, weight: Float64) -> Float64:
         """A weight [..., out] that is added to the residual stream."""
@@ -230,7 +237,7 @@ class _ExpectedWeights:
         """down_proj's weight [in, out] behind the transform of its input."""
         given = self.given.down(layer)
         if given is not None:
-            return np.linalg.solve(np.kron(*given), weight)
+            return _solved(*given, weight)
         if self.rotations.r4 and self.r4.kind != "none":
             return self.r4.apply(weight, axis=0)
         return weight
