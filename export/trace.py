@@ -13,6 +13,7 @@ un-repeated K and V, and ``quarot::GroupedLinear``:
 """
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -273,6 +274,21 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextmanager
+def _ordered_sets(model: Any) -> Iterator[None]:
+    """Loops of the modelling file over sets go in the order in which items were added.
+
+    Gemma 3 makes the RoPE tables of its kinds of layers in such a loop. Hashes of strings change
+    from process to process, and with them the order of the nodes and their names.
+    """
+    module = sys.modules[type(model).__module__]
+    vars(module)["set"] = dict.fromkeys
+    try:
+        yield
+    finally:
+        del vars(module)["set"]
+
+
 def trace(config: transformers.PretrainedConfig) -> ir.Model:
     """The ONNX graph of `config`'s causal model, with markers and without weights.
 
@@ -300,7 +316,7 @@ def trace(config: transformers.PretrainedConfig) -> ir.Model:
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     with _quiet(), _default_dtype(torch.float32), torch.no_grad():
         model = _fake_model(config, mode)
-        with mode:
+        with mode, _ordered_sets(model):
             total = _SEQUENCE + _PAST
             program = torch.onnx.export(
                 _FlatCache(model),

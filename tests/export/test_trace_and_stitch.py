@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tracing reads no weights and depends on nothing but the configuration; stitching clones."""
 
+import os
 import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import onnx_ir as ir
 import pytest
@@ -182,3 +187,41 @@ def test_float_parts_are_retyped_and_shapes_are_not(traced: ir.Model) -> None:
 )
 def test_a_layers_number_is_read_from_its_path(name, index) -> None:
     assert layer_index(name) == index
+
+
+def _python(seed: int, code: str) -> subprocess.Popen[str]:
+    """Another process, whose strings have other hashes."""
+    environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+    command = [sys.executable, "-c", code]
+    root = Path(__file__).parents[2]
+    return subprocess.Popen(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True)
+
+
+def _seeds_of_two_orders() -> Iterator[int]:
+    code = "print(*{'sliding_attention', 'full_attention'})"
+    seen = {}
+    for seed in range(64):
+        seen.setdefault(_python(seed, code).communicate()[0], seed)
+        if len(seen) == 2:
+            break
+    yield from seen.values()
+
+
+_TRACED = """
+from tests.export.test_trace_and_stitch import _config
+from quarot_onnx.export import trace
+from quarot_onnx.export.architectures import shallow
+graph = trace.trace(shallow(_config("gemma3"))[0]).graph
+for node in graph:
+    print(node.name, node.op_type, [v.name for v in node.inputs if v is not None])
+for name, value in graph.initializers.items():
+    tensor = value.const_value
+    print(name, None if tensor is None else tensor.numpy().ravel()[:8])
+"""
+
+
+def test_a_trace_does_not_depend_on_the_hashes_of_a_process() -> None:
+    processes = [_python(seed, _TRACED) for seed in _seeds_of_two_orders()]
+    first, second = (process.communicate()[0] for process in processes)
+    assert first == second
+    assert "rotary_emb" in first
