@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and memory of exporting a 1B-parameter Llama (the shape of Llama-3.2-1B, random weights).
 
-    python benchmarks/export_1b.py [--layers 16] [--recipe w4a4kv4] [--keep DIR]
+    python benchmarks/export_1b.py [--layers 16] [--recipe w4a4kv4] [--no-certify]
+        [--keep DIR]
 
 The export runs in a process of its own, as the command line does; its anonymous memory (RssAnon:
 what the process allocated, without mapped files) is sampled from /proc. Aims on 4 cores: under
@@ -31,7 +32,7 @@ STAGES = (
 """Module, function and description of what is timed on its own."""
 
 
-def export_and_time(model_dir: Path, out_dir: Path, recipe_name: str) -> None:
+def export_and_time(model_dir: Path, out_dir: Path, recipe_name: str, *, certify: bool) -> None:
     """The child process: export, and print the seconds of every stage as JSON."""
     started = time.perf_counter()
     from quarot_onnx.pipeline import export  # noqa: PLC0415  # its import is timed
@@ -52,7 +53,7 @@ def export_and_time(model_dir: Path, out_dir: Path, recipe_name: str) -> None:
     for module_name, function, stage in STAGES:
         module = importlib.import_module(module_name)
         setattr(module, function, timed(getattr(module, function), stage))
-    export(model_dir, out_dir, load_recipe(recipe_name))
+    export(model_dir, out_dir, load_recipe(recipe_name), certify=certify)
     seconds["rest"] = time.perf_counter() - started - sum(seconds.values())
     print(json.dumps(seconds))
 
@@ -83,11 +84,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=16, help="depth; 16 is the full 1B model")
     parser.add_argument("--recipe", default="w4a4kv4")
+    parser.add_argument("--no-certify", action="store_true", help="leave the certificates out")
     parser.add_argument("--keep", type=Path, help="put model and artifact here and leave them")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        export_and_time(*arguments.child, arguments.recipe)
+        export_and_time(*arguments.child, arguments.recipe, certify=not arguments.no_certify)
         return
 
     from random_llama import Shape, save_random_llama  # noqa: PLC0415  # keeps the child lean
@@ -100,7 +102,8 @@ def main() -> None:
             model_dir.mkdir(parents=True, exist_ok=True)
             save_random_llama(model_dir, shape)
         shutil.rmtree(out_dir, ignore_errors=True)
-        command = [sys.executable, __file__, "--recipe", arguments.recipe, "--child"]
+        command = [sys.executable, __file__, "--recipe", arguments.recipe]
+        command += ["--no-certify"] * arguments.no_certify + ["--child"]
         output, wall, peaks = run_and_sample([*command, str(model_dir), str(out_dir)])
         written = sum(path.stat().st_size for path in out_dir.rglob("*"))
     finally:

@@ -294,7 +294,6 @@ def trace(config: transformers.PretrainedConfig) -> ir.Model:
 
     Args:
         config: a (shallow) configuration; every layer in it is traced.
-        dtype: the dtype of the float parts; float tensors of the model are created in it.
 
     Returns:
         A model whose weight initializers have no value (``const_value is None``), HF parameter

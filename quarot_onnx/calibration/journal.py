@@ -82,7 +82,7 @@ class Journal:
         return mapped
 
     def finish(self, part: str, record: dict[str, Any]) -> None:
-        """Everything of `part` has been kept; `record` is what the report says of it.
+        """Everything of `part` has been kept; `record` is plain data, such as what the report says.
 
         Raises:
             ResourceError: the disk is full.
